@@ -1,0 +1,99 @@
+"""
+exec'd by every script right after its block of default values, so that
+
+    python train.py config/train_shakespeare_char.py config/laptop.py --batch_size=32
+
+runs train.py with the globals that the config files assign, left to right, and then with batch_size = 32.
+
+A key is a global of the script that is an int, float, bool or str. Files and options are held to the same rules:
+an unknown key or a value of the wrong type is an error (exit code 2). A config file is Python: it sees the values so
+far, may import, and may have names of its own that start with an underscore.
+
+Leaves three names for the script: `config` (the value of every key), `given` (the keys that somebody set) and
+`fail(message)`, which says in one line what is wrong and exits with code 2.
+"""
+import ast
+import difflib
+import os
+import re
+import sys
+
+config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))}
+given = set()
+
+
+def fail(message):
+    print(f'{os.path.basename(__file__)}: error: {message}', file=sys.stderr)
+    sys.exit(2)
+
+
+def _set(key, value, where):
+    """Checks one assignment and stores it in `config`; where it is refused, `where` opens the message."""
+    if key not in config:
+        moved = {'compile': 'JAX always compiles', 'backend': 'JAX chooses how devices talk to each other'}
+        close = difflib.get_close_matches(key, config, n=1)
+        fail(f'{where}: ' + (f'nanoGPT\'s {key} has no meaning here ({moved[key]}): leave it out' if key in moved else
+                             f'unknown key {key}, ' + (f'did you mean {close[0]}?' if close else 'see --help')))
+    want = type(config[key])
+    if want is float and type(value) is int:
+        value = float(value)
+    if type(value) is not want or value in (float('inf'), -float('inf')) or value != value:
+        fail(f'{where}: {key} is a{"n" * (want is int)} {want.__name__}, such as {config[key]!r}, not {value!r}')
+    config[key] = value
+    given.add(key)
+
+
+def _run_file(path):
+    """Executes a config file and takes over what it assigned."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            tree = ast.parse(f.read(), path)
+        names = dict(config)
+        exec(compile(tree, path, 'exec'), names)
+    except (OSError, UnicodeDecodeError) as e:
+        fail(f'config file {path}: {e.strerror if isinstance(e, OSError) else "not UTF-8 text"}')
+    except SyntaxError as e:
+        fail(f'{path}:{e.lineno}: {e.msg}')
+    except Exception as e:
+        while e.__traceback__.tb_next:
+            e.__traceback__ = e.__traceback__.tb_next
+        fail(f'{path}:{e.__traceback__.tb_lineno}: {type(e).__name__}: {e}')
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in names and node.id[0] != '_':
+            _set(node.id, names[node.id], f'{path}:{node.lineno}')
+
+
+def _set_option(arg):
+    """Takes over one --key=value. A str key takes the text as it stands, or what a quoted literal says."""
+    key, equals, text = arg[2:].partition('=')
+    if not equals:
+        fail(f'{arg}: options are written --key=value')
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = text
+    if type(config.get(key)) is str and type(value) is not str:
+        value = text
+    _set(key, value, arg)
+
+
+def _help():
+    """Prints the script's docstring and its keys: default and comment as they stand in the script."""
+    print(__doc__.strip(), '\n\nKeys, to be set as --key=value or in a config file:')
+    with open(__file__, encoding='utf-8') as f:
+        lines = f.read().partition('configurator.py')[0].splitlines()
+    for line in lines:
+        if (m := re.match(r'(\w+) = (.+?)(?:\s+# (.*))?$', line)) and m[1] in config:
+            print(f'  --{m[1]}={m[2]}'.ljust(40), m[3] or '')
+        elif m := re.match(r'# (\w.*)$', line):
+            print(f'\n{m[1]}')
+
+
+if {'-h', '--help'} & set(sys.argv[1:]):
+    _help()
+    sys.exit(0)
+for _arg in [a for a in sys.argv[1:] if not a.startswith('-')]:
+    _run_file(_arg)
+for _arg in [a for a in sys.argv[1:] if a.startswith('-')]:
+    _set_option(_arg)
+globals().update(config)
