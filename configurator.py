@@ -66,7 +66,7 @@ def _run_file(path):
 def _set_option(arg):
     """Takes over one --key=value. A str key takes the text as it stands, or what a quoted literal says."""
     key, equals, text = arg[2:].partition('=')
-    if not equals:
+    if not (arg.startswith('--') and equals):
         fail(f'{arg}: options are written --key=value')
     try:
         value = ast.literal_eval(text)

@@ -1,0 +1,50 @@
+"""
+Tiny Shakespeare, character by character: nanoGPT's first dataset.
+
+    python data/shakespeare_char/prepare.py
+
+Reads input.txt beside this script, or downloads it there (1 MB). Writes train.bin and val.bin (uint16 ids, the first
+90% of the text and the rest) and meta.json.
+"""
+import hashlib
+import json
+import os
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+here = Path(__file__).resolve().parent
+url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+
+source = here / 'input.txt'
+if not source.exists():
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+    except OSError as e:
+        sys.exit(f'prepare.py: error: no download ({e}): put {url} at {source} and run this again')
+    (here / 'input.txt.tmp').write_bytes(content)
+    os.replace(here / 'input.txt.tmp', source)
+if hashlib.sha256(source.read_bytes()).hexdigest() != sha256:
+    sys.exit(f'prepare.py: error: {source} is not the text that {url} serves; delete it to have it downloaded '
+             '(for a text of your own: data/text/prepare.py)')
+text = source.read_text(encoding='utf-8')
+
+chars = ''.join(sorted(set(text)))
+id_of = {c: i for i, c in enumerate(chars)}
+ids = np.array([id_of[c] for c in text], '<u2')
+n = int(0.9 * len(ids))
+assert (len(chars), n, len(ids) - n) == (65, 1_003_854, 111_540)
+
+# Written under other names first, and val.bin last: a run that breaks off leaves no half dataset that looks whole.
+(here / 'val.bin').unlink(missing_ok=True)
+ids[:n].tofile(here / 'train.bin.tmp')
+ids[n:].tofile(here / 'val.bin.tmp')
+meta = {'vocab_size': len(chars), 'tokenizer': {'kind': 'char', 'chars': chars}}
+(here / 'meta.json.tmp').write_text(json.dumps(meta), encoding='utf-8')
+for name in ('meta.json', 'train.bin', 'val.bin'):
+    os.replace(here / f'{name}.tmp', here / name)
+print(f'vocab size: {len(chars)}\ntrain has {n:,} tokens\nval has {len(ids) - n:,} tokens')
