@@ -1,0 +1,16 @@
+# dials any recipe down to what a laptop's CPU does in a minute: the CPU run of nanoGPT's README
+# python train.py config/train_shakespeare_char.py config/laptop.py
+
+eval_iters = 20
+log_interval = 1
+gradient_accumulation_steps = 1
+batch_size = 12
+block_size = 64
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+dropout = 0.0
+
+max_iters = 2000
+lr_decay_iters = 2000

@@ -1,0 +1,378 @@
+"""
+Trains a GPT, on whatever devices JAX finds: a laptop's CPU, one GPU, eight, or a TPU pod.
+
+    python data/shakespeare_char/prepare.py
+    python train.py config/train_shakespeare_char.py --batch_size=32      # config files, then --key=value
+    python train.py config/train_shakespeare_char.py config/laptop.py     # the same, dialled down for a CPU
+    python train.py --init_from=resume --out_dir=out-shakespeare-char     # go on where a run stopped
+    python sample.py --out_dir=out-shakespeare-char
+"""
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, fields
+from importlib.metadata import version
+
+# -----------------------------------------------------------------------------
+# config: the values here train GPT-2 (124M) on OpenWebText
+# I/O
+out_dir = 'out'
+eval_interval = 2000
+log_interval = 1
+eval_iters = 200  # batches in an evaluation, of each split; the same ones every time
+eval_only = False  # exit right after the first evaluation
+always_save_checkpoint = True  # save at every evaluation; if False, only when the validation loss improves
+init_from = 'scratch'  # 'scratch' or 'resume'
+sample_tokens = 0  # print a text of so many tokens at every evaluation
+# wandb logging
+wandb_log = False
+wandb_project = 'owt'
+wandb_run_name = 'gpt2'
+# data
+dataset = 'openwebtext'  # a folder in data/
+gradient_accumulation_steps = 5 * 8  # an iteration sees this many times batch_size sequences, whatever the mesh
+batch_size = 12  # sequences that a device handles at a time
+block_size = 1024
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # for pretraining 0 is good, for finetuning try 0.1+
+bias = False  # do we use biases in LayerNorms and Linears?
+# adamw optimizer
+learning_rate = 6e-4  # max learning rate
+max_iters = 600000
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # clip gradients at this global norm; 0.0: don't
+# learning rate decay
+decay_lr = True
+warmup_iters = 2000
+lr_decay_iters = 600000  # should be about max_iters (Chinchilla)
+min_lr = 6e-5  # should be about learning_rate / 10 (Chinchilla)
+# system
+overwrite = False  # start from scratch even where out_dir holds a run
+seed = 1337
+device = ''  # 'cpu', 'gpu' or 'tpu'; '': the best that JAX finds
+dtype = ''  # of activations, 'float32' or 'bfloat16'; '': bfloat16 on GPU and TPU, float32 on CPU
+mesh_data = -1  # devices along the data axis; -1: all that are left
+mesh_tensor = 1  # devices that share each layer's matrices
+fsdp = False  # split parameters and optimizer state over the data axis too
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+# -----------------------------------------------------------------------------
+# the rest of the imports: they take a second, and a typo is answered before that
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
+from tqdm import tqdm
+
+from model import (GPTConfig, build, estimate_mfu, eval_step, get_lr, init_state, keep_memory, make_optimizer,
+                   num_params, shardings, stream, tokenizer, train_step)
+
+# -----------------------------------------------------------------------------
+# can this run be done?
+
+for key in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'mesh_tensor'):
+    if config[key] < 1:
+        fail(f'{key} = {config[key]}: must be at least 1')
+for key in ('sample_tokens', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'seed'):
+    if config[key] < 0:
+        fail(f'{key} = {config[key]}: must not be negative')
+if init_from not in ('scratch', 'resume'):
+    fail(f"init_from = {init_from!r}: must be 'scratch' or 'resume'")
+
+run_file, best_file, log_file, plot_file, ckpt_dir = (
+    os.path.abspath(os.path.join(out_dir, name)) for name in ('config.json', 'best.json', 'log.csv', 'loss.png', 'checkpoints'))
+if init_from == 'resume':
+    if not os.path.exists(run_file):
+        fail(f'nothing to resume: {out_dir} holds no run')
+    with open(run_file, encoding='utf-8') as f:
+        saved = json.load(f)
+    # the run keeps its settings, but for those that are given now and those that belong to the machine
+    own = given | {'out_dir', 'init_from', 'eval_only', 'overwrite', 'device', 'dtype', 'mesh_data', 'mesh_tensor', 'fsdp'}
+    config |= {k: v for k, v in saved['config'].items() if k in config and k not in own}
+    globals().update(config)
+elif os.path.exists(run_file) and not (overwrite or eval_only):
+    fail(f'{out_dir} holds a run: go on with it (--init_from=resume), replace it (--overwrite=True), or name another --out_dir')
+
+# -----------------------------------------------------------------------------
+# devices: one mesh, whatever there is
+
+keep_memory()
+if device:
+    jax.config.update('jax_platforms', {'gpu': 'cuda'}.get(device, device))
+try:
+    devices = jax.devices()
+except RuntimeError as e:
+    fail(f'device = {device!r}: {str(e).splitlines()[0]}')
+mesh_data = len(devices) // mesh_tensor if mesh_data == -1 else mesh_data
+if mesh_data * mesh_tensor != len(devices):
+    fail(f'mesh_data = {mesh_data} times mesh_tensor = {mesh_tensor} is not {len(devices)}, the number of devices')
+mesh = jax.make_mesh((mesh_data, mesh_tensor), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
+dtype = dtype or ('float32' if devices[0].platform == 'cpu' else 'bfloat16')
+
+
+def micro_batches(n):
+    """(G, B): n sequences as G micro-batches of B, at most batch_size of them on a device at a time."""
+    for G in range(1, n + 1):
+        if n % (G * mesh_data) == 0 and n // (G * mesh_data) <= batch_size:
+            return G, n // G
+    fail(f'{n} sequences (batch_size times gradient_accumulation_steps or eval_iters) do not divide over {mesh_data} devices')
+
+
+# -----------------------------------------------------------------------------
+# data: a batch is a pure function of (seed, split, step), the same on every mesh
+
+data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset)
+data, meta = {}, {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
+for split in ('train', 'val'):
+    path = os.path.join(data_dir, f'{split}.bin')
+    if not os.path.exists(path):
+        fail(f'dataset = {dataset!r} is not prepared: run python {os.path.relpath(data_dir)}/prepare.py')
+    data[split] = np.memmap(path, '<u2', 'r')
+    if len(data[split]) <= block_size:
+        fail(f'{path} holds {len(data[split]):,} tokens: block_size = {block_size} needs more')
+if os.path.exists(os.path.join(data_dir, 'meta.json')):
+    with open(os.path.join(data_dir, 'meta.json'), encoding='utf-8') as f:
+        meta = json.load(f)
+# GPT-2's 50257 becomes 50304, a multiple of 64, for faster products: the rows that are too many are never a target
+vocab_size = -(-meta['vocab_size'] // 64) * 64 if meta['vocab_size'] > 1024 else meta['vocab_size']
+
+
+def starts(split, step, n):
+    """Where the n sequences of a step begin, (G, B); step -1 is the evaluations', who all look at the same ones."""
+    rng = np.random.default_rng([seed, ('train', 'val').index(split), step + 1])
+    return rng.integers(len(data[split]) - block_size, size=micro_batches(n))
+
+
+def load(split, first):
+    """The tokens (G, B, block_size + 1) that begin at `first` (G, B); each device gets its part of B."""
+    rows = lambda index: data[split][first[index[:2]][..., None] + np.arange(block_size + 1)]
+    return jax.make_array_from_callback((*first.shape, block_size + 1), NamedSharding(mesh, P(None, 'data')), rows)
+
+
+# -----------------------------------------------------------------------------
+# model and optimizer: from scratch, or from the latest checkpoint
+
+try:
+    model_config = GPTConfig(**{field.name: globals()[field.name] for field in fields(GPTConfig)})
+except ValueError as e:
+    fail(e)
+tx = make_optimizer(beta1, beta2, weight_decay, grad_clip)
+init = lambda: init_state(model_config, tx, seed)
+where = shardings(jax.eval_shape(init), mesh, fsdp)
+
+if init_from == 'scratch' and not eval_only:
+    for path in (run_file, best_file, log_file, plot_file):
+        if os.path.exists(path):
+            os.remove(path)
+    shutil.rmtree(ckpt_dir, ignore_errors=True)
+best_steps = []  # the checkpoint to keep beside the latest two
+keep = AnyPreservationPolicy([LatestN(2), CustomSteps(best_steps)])
+manager = ocp.CheckpointManager(ckpt_dir, options=ocp.CheckpointManagerOptions(
+    preservation_policy=keep, create=not eval_only, cleanup_tmp_directories=not eval_only))
+
+progress = {'iter_num': 0, 'best_val_loss': 1e9, 'best_iter': None, 'wandb_id': None}
+if init_from == 'scratch' or manager.latest_step() is None:
+    print('Initializing a new model from scratch')
+    state = jax.jit(init, out_shardings=where)()  # created where it stays: no device ever holds all of it
+else:
+    print(f'Resuming training from {out_dir}')
+    rest = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), where)
+    params = rest.pop('params')
+    restored = manager.restore(manager.latest_step(), args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest), progress=ocp.args.JsonRestore()))
+    state, progress = {'params': restored['params'], **restored['rest']}, restored['progress']
+iter_num, best_val_loss, best_iter, wandb_id = progress.values()
+best_steps += [best_iter] if best_iter else []
+
+
+def save():
+    """Hands the state to Orbax, which writes it while training goes on."""
+    if iter_num not in manager.all_steps():
+        progress = dict(iter_num=iter_num, best_val_loss=best_val_loss, best_iter=best_iter, wandb_id=wandb_id)
+        manager.save(iter_num, args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state['params']), progress=ocp.args.JsonSave(progress),
+            rest=ocp.args.StandardSave({k: v for k, v in state.items() if k != 'params'})))
+
+
+def write(path, text):
+    """Replaces a file at once, or not at all."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        f.write(text)
+    os.replace(path + '.tmp', path)
+
+
+# -----------------------------------------------------------------------------
+# logging: terminal, log.csv, loss.png, wandb
+
+columns = ['iter', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'time_ms', 'tokens_per_s']
+if not eval_only:
+    os.makedirs(out_dir, exist_ok=True)
+    versions = {name: version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')}
+    write(run_file, json.dumps({'config': config, 'model_args': asdict(model_config), **meta, 'versions': versions}, indent=1))
+    # log.csv goes on in place: rows that the run is about to make again are dropped, and so is one that was cut off
+    lines = [','.join(columns) + '\n']
+    if iter_num > 0 and os.path.exists(log_file):
+        with open(log_file, encoding='utf-8') as f:
+            lines += [x for x in f if x.endswith('\n') and x[0].isdigit() and int(x.split(',')[0]) < iter_num]
+    write(log_file, ''.join(lines))
+    log_csv = open(log_file, 'a', buffering=1, encoding='utf-8')
+if wandb_log:
+    import wandb
+    wandb_id = wandb_id or wandb.util.generate_id()
+    wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume='allow')
+
+
+def say(text):
+    tqdm.write(text)  # to stdout, without tearing the bar on stderr
+    sys.stdout.flush()
+
+
+def log_row(**row):
+    if not eval_only:
+        log_csv.write(','.join(f'{row[c]:.7g}' if c in row else '' for c in columns) + '\n')
+
+
+def plot_log():
+    """Draws log.csv as loss.png."""
+    from matplotlib.figure import Figure  # without pyplot there is no window system to look for
+    log = np.genfromtxt(log_file, delimiter=',', names=True, ndmin=1)
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=[4, 1])
+    for name, style in (('loss', dict(color='tab:blue', alpha=0.3, label='batch')),
+                        ('train_loss', dict(color='tab:blue', marker='.', label='train')),
+                        ('val_loss', dict(color='tab:orange', marker='.', label='val'))):
+        there = ~np.isnan(log[name])
+        top.plot(log['iter'][there], log[name][there], **style)
+    bottom.plot(log['iter'], log['lr'], color='tab:gray')
+    top.set(ylabel='loss', title=out_dir)
+    top.legend()
+    top.grid(alpha=0.3)
+    bottom.set(xlabel='iteration', ylabel='learning rate')
+    figure.savefig(plot_file + '.tmp', format='png', dpi=100)
+    os.replace(plot_file + '.tmp', plot_file)
+
+
+# -----------------------------------------------------------------------------
+# the loop
+
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+n_params = num_params(state['params'])
+print(f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh data={mesh_data} tensor={mesh_tensor}')
+print(f'number of parameters: {n_params / 1e6:.2f}M, activations in {dtype}')
+print(f'tokens per iteration will be: {tokens_per_iter:,}')
+
+
+def estimate_loss():
+    """Mean loss of each split over eval_iters batches, the same ones every time."""
+    means = {}
+    for split in ('train', 'val'):
+        first = starts(split, -1, eval_iters * batch_size)
+        parts = first.reshape(-1, math.gcd(len(first), 20), first.shape[1])  # what goes to the devices in one call
+        means[split] = np.mean([float(eval_step(state['params'], load(split, part), model_config))
+                                for part in tqdm(parts, f'evaluating on {split}', leave=False, disable=None)])
+    return means
+
+
+def show_sample():
+    """Prints a text of sample_tokens tokens."""
+    _, decode, eot = tokenizer(meta['tokenizer'])
+    model = build(model_config, state['params'])
+    start = np.array([[0 if eot is None else eot]])
+    ids = [int(i) for part in stream(model, start, sample_tokens, temperature=0.8, top_k=200, key=key, n_vocab=meta['vocab_size'])
+           for i in part[0]]
+    say(f'--- a sample at step {iter_num}\n{decode(ids)}\n---')
+
+
+def report(n, lr, metrics):
+    """Logs iteration n. It waits for its result, so it is called when the next iteration is already under way."""
+    global last_time, running_mfu
+    loss, grad_norm = float(metrics['loss']), float(metrics['grad_norm'])
+    dt, last_time = time.time() - last_time, time.time()
+    mfu = estimate_mfu(model_config, n_params, tokens_per_iter / dt, devices)
+    if mfu and n - first_iter >= 5:  # let the training loop settle a bit
+        running_mfu = 0.9 * running_mfu + 0.1 * mfu if running_mfu else mfu
+    bar.update(1)
+    if n % log_interval == 0:
+        shown = f'{100 * running_mfu:.2f}%' if running_mfu else 'n/a'
+        say(f'iter {n}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {shown}, tok/s {tokens_per_iter / dt:,.0f}')
+        log_row(iter=n, loss=loss, lr=lr, grad_norm=grad_norm, time_ms=dt * 1000, tokens_per_s=tokens_per_iter / dt)
+
+
+caught = []  # a signal asks to stop: the iteration is finished, the state saved. A second one ends the process at once.
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda n, _: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
+
+print('compiling the first step...', flush=True)
+key = jax.random.key(seed)
+first_iter, start_time, last_time, running_mfu, pending = iter_num, time.time(), time.time(), None, None
+bar = tqdm(total=max_iters + 1, initial=iter_num, unit='it', disable=None, dynamic_ncols=True)
+while iter_num <= max_iters:
+
+    # determine the learning rate for this iteration
+    lr = get_lr(iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr) if decay_lr else learning_rate
+
+    # once in a while: save, evaluate the loss on train and val, and show what was learned
+    if iter_num % eval_interval == 0 or eval_only:
+        if pending:
+            report(*pending)
+            pending = None
+        if always_save_checkpoint and iter_num > first_iter and not eval_only:
+            save()
+        losses = estimate_loss()
+        say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        log_row(iter=iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
+        if wandb_log:
+            wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
+                       'mfu': 100 * (running_mfu or 0)})
+        if losses['val'] < best_val_loss and iter_num > 0 and not eval_only:
+            best_val_loss, best_iter = losses['val'], iter_num
+            best_steps[:] = [best_iter]
+            save()
+            write(best_file, json.dumps({'iter': best_iter, 'val_loss': best_val_loss}))
+        if sample_tokens:
+            show_sample()
+        if eval_only:
+            break
+        plot_log()
+        last_time = time.time()
+
+    # every step: forward, backward, update; then, while the devices work on it, report on the step before
+    tokens = load('train', starts('train', iter_num, gradient_accumulation_steps * batch_size))
+    state, metrics = train_step(state, tokens, lr, key, model_config, tx)
+    if pending:
+        report(*pending)
+    pending = iter_num, lr, metrics
+    iter_num += 1
+    if caught:
+        break
+
+# -----------------------------------------------------------------------------
+# the end, or the end for now
+
+if pending:
+    report(*pending)
+bar.close()
+if not eval_only:
+    say(f'saving checkpoint to {out_dir}')
+    save()
+    manager.wait_until_finished()
+    plot_log()
+seconds, done = time.time() - start_time, iter_num - first_iter
+say(f'{done:,} iterations in {seconds:.1f}s, {done * tokens_per_iter:,} tokens, {done * tokens_per_iter / seconds:,.0f} tokens/s')
+if best_iter:
+    say(f'best validation loss {best_val_loss:.4f} at step {best_iter}; python sample.py --out_dir={out_dir}')
+if caught:
+    say(f'stopped by {signal.Signals(caught[0]).name}; go on with python train.py --init_from=resume --out_dir={out_dir}')
+    sys.exit(128 + caught[0])
