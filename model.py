@@ -10,13 +10,15 @@ References:
 1) nanoGPT's model.py: https://github.com/karpathy/nanoGPT/blob/master/model.py
 2) OpenAI's GPT-2: https://github.com/openai/gpt-2/blob/master/src/model.py
 """
-import ctypes
 import functools
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -229,9 +231,14 @@ def get_lr(it, learning_rate, warmup_iters, lr_decay_iters, min_lr):
     return min_lr + 0.5 * (1 + math.cos(math.pi * decay_ratio)) * (learning_rate - min_lr)
 
 
+def init_params(config, seed):
+    """Parameters from scratch: a nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(seed)), nnx.Param))
+
+
 def init_state(config, tx, seed):
     """What a checkpoint holds: parameters, optimizer state, and the number of updates so far."""
-    params = nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(seed)), nnx.Param))
+    params = init_params(config, seed)
     return {'params': params, 'opt_state': tx.init(params), 'step': jnp.zeros((), jnp.int32)}
 
 
@@ -254,6 +261,41 @@ def shardings(state, mesh, fsdp=False):
         return NamedSharding(mesh, P(*spec))
 
     return jax.tree_util.tree_map_with_path(one, state)
+
+
+# -----------------------------------------------------------------------------
+# batches: pure functions of (seed, step), the same sequences on every mesh
+
+
+def micro_batches(n, batch_size, n_devices):
+    """(G, B): n sequences as G micro-batches of B, at most batch_size of them on each of n_devices at a time. None where
+    n_devices do not divide n."""
+    for G in range(1, n + 1):
+        if n % (G * n_devices) == 0 and n // (G * n_devices) <= batch_size:
+            return G, n // G
+
+
+def train_starts(data, shape, block_size, seed, step):
+    """Where the sequences of a training step begin in data: `shape` = (G, B) positions. Multiples of the golden ratio
+    modulo 1 fill the data evenly (a Weyl sequence): every part is seen equally often, where independent draws leave
+    out a third of the data in what should be an epoch."""
+    n = math.prod(shape)
+    index = np.arange(step * n, (step + 1) * n, dtype=np.uint64)
+    offset = np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
+    share = (index * np.uint64(0x9E3779B97F4A7C15) + offset >> np.uint64(11)) / 2**53  # overflow is the modulo
+    return (share * (len(data) - block_size)).astype(np.int64).reshape(shape)
+
+
+def eval_starts(data, shape, block_size):
+    """Where the sequences of an evaluation begin: evenly over the data, so that every run is judged on the same."""
+    return np.linspace(0, len(data) - block_size - 1, math.prod(shape)).astype(np.int64).reshape(shape)
+
+
+def load(data, starts, block_size, mesh):
+    """The tokens (G, B, block_size + 1) that begin at `starts` (G, B), B split over the data axis of the mesh. A process
+    reads only its own devices' part."""
+    rows = lambda index: data[starts[index[:2]][..., None] + np.arange(block_size + 1)]
+    return jax.make_array_from_callback((*starts.shape, block_size + 1), NamedSharding(mesh, P(None, 'data')), rows)
 
 
 # -----------------------------------------------------------------------------
@@ -384,7 +426,26 @@ def generate(model, idx, max_new_tokens, **how):
 
 
 # -----------------------------------------------------------------------------
-# text and memory
+# run directories and text
+
+
+def load_run(out_dir, checkpoint='best', **changes):
+    """The model of a run directory, from its best or its latest checkpoint; `changes` to its GPTConfig, such as dtype.
+    Raises FileNotFoundError where there is no checkpoint."""
+    import orbax.checkpoint as ocp  # here, because training imports it anyway and nothing else needs it
+    out_dir = Path(out_dir).absolute()
+    config = GPTConfig(**json.loads((out_dir / 'config.json').read_text(encoding='utf-8'))['model_args'] | changes)
+    steps = ocp.utils.checkpoint_steps(out_dir / 'checkpoints') if (out_dir / 'checkpoints').exists() else []
+    if not steps:
+        raise FileNotFoundError(f'{out_dir} holds no checkpoint yet')
+    step = max(steps)
+    if checkpoint == 'best' and (out_dir / 'best.json').exists():
+        best = json.loads((out_dir / 'best.json').read_text(encoding='utf-8'))['iter']
+        step = best if best in steps else step
+    params = jax.eval_shape(lambda: init_params(config, 0))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params)
+    return build(config, ocp.StandardCheckpointer().restore(out_dir / 'checkpoints' / str(step) / 'params', params))
 
 
 def tokenizer(meta):
@@ -403,14 +464,3 @@ def tokenizer(meta):
     import tiktoken
     enc = tiktoken.get_encoding(meta['name'])
     return functools.partial(enc.encode, allowed_special={'<|endoftext|>'}), enc.decode, enc.eot_token
-
-
-def keep_memory():
-    """Call before the first jit. XLA's CPU client takes its scratch memory anew at every step, and glibc hands it back
-    to the system each time; the page faults cost as much as the maths (35 -> 18 ms a step on two cores). No-op elsewhere."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
-    mallopt(-4, 0)  # M_MMAP_MAX: and never map large blocks apart

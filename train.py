@@ -69,15 +69,14 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 # the rest of the imports: they take a second, and a typo is answered before that
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 from tqdm import tqdm
 
-from model import (GPTConfig, build, estimate_mfu, eval_step, get_lr, init_state, keep_memory, make_optimizer,
-                   num_params, shardings, stream, tokenizer, train_step)
+from model import (GPTConfig, build, estimate_mfu, eval_starts, eval_step, get_lr, init_state, load,
+                   make_optimizer, micro_batches, num_params, shardings, stream, tokenizer, train_starts, train_step)
 
 # -----------------------------------------------------------------------------
 # can this run be done?
@@ -108,7 +107,6 @@ elif os.path.exists(run_file) and not (overwrite or eval_only):
 # -----------------------------------------------------------------------------
 # devices: one mesh, whatever there is
 
-keep_memory()
 if device:
     jax.config.update('jax_platforms', {'gpu': 'cuda'}.get(device, device))
 try:
@@ -121,17 +119,8 @@ if mesh_data * mesh_tensor != len(devices):
 mesh = jax.make_mesh((mesh_data, mesh_tensor), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
 dtype = dtype or ('float32' if devices[0].platform == 'cpu' else 'bfloat16')
 
-
-def micro_batches(n):
-    """(G, B): n sequences as G micro-batches of B, at most batch_size of them on a device at a time."""
-    for G in range(1, n + 1):
-        if n % (G * mesh_data) == 0 and n // (G * mesh_data) <= batch_size:
-            return G, n // G
-    fail(f'{n} sequences (batch_size times gradient_accumulation_steps or eval_iters) do not divide over {mesh_data} devices')
-
-
 # -----------------------------------------------------------------------------
-# data: a batch is a pure function of (seed, split, step), the same on every mesh
+# data: a batch is a pure function of (seed, step), and the same on every mesh
 
 data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset)
 data, meta = {}, {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
@@ -149,17 +138,11 @@ if os.path.exists(os.path.join(data_dir, 'meta.json')):
 vocab_size = -(-meta['vocab_size'] // 64) * 64 if meta['vocab_size'] > 1024 else meta['vocab_size']
 
 
-def starts(split, step, n):
-    """Where the n sequences of a step begin, (G, B); step -1 is the evaluations', who all look at the same ones."""
-    rng = np.random.default_rng([seed, ('train', 'val').index(split), step + 1])
-    return rng.integers(len(data[split]) - block_size, size=micro_batches(n))
-
-
-def load(split, first):
-    """The tokens (G, B, block_size + 1) that begin at `first` (G, B); each device gets its part of B."""
-    rows = lambda index: data[split][first[index[:2]][..., None] + np.arange(block_size + 1)]
-    return jax.make_array_from_callback((*first.shape, block_size + 1), NamedSharding(mesh, P(None, 'data')), rows)
-
+batch_shape = micro_batches(gradient_accumulation_steps * batch_size, batch_size, mesh_data)
+eval_shape = micro_batches(eval_iters * batch_size, batch_size, mesh_data)
+if not (batch_shape and eval_shape):
+    fail(f'batch_size = {batch_size} times gradient_accumulation_steps = {gradient_accumulation_steps}, and times eval_iters = '
+         f'{eval_iters}, must be divisible by the {mesh_data} devices of the data axis')
 
 # -----------------------------------------------------------------------------
 # model and optimizer: from scratch, or from the latest checkpoint
@@ -278,9 +261,9 @@ def estimate_loss():
     """Mean loss of each split over eval_iters batches, the same ones every time."""
     means = {}
     for split in ('train', 'val'):
-        first = starts(split, -1, eval_iters * batch_size)
-        parts = first.reshape(-1, math.gcd(len(first), 20), first.shape[1])  # what goes to the devices in one call
-        means[split] = np.mean([float(eval_step(state['params'], load(split, part), model_config))
+        G, B = eval_shape
+        parts = eval_starts(data[split], eval_shape, block_size).reshape(-1, math.gcd(G, 20), B)  # 20: enough for one call
+        means[split] = np.mean([float(eval_step(state['params'], load(data[split], part, block_size, mesh), model_config))
                                 for part in tqdm(parts, f'evaluating on {split}', leave=False, disable=None)])
     return means
 
@@ -318,7 +301,7 @@ print('compiling the first step...', flush=True)
 key = jax.random.key(seed)
 first_iter, start_time, last_time, running_mfu, pending = iter_num, time.time(), time.time(), None, None
 bar = tqdm(total=max_iters + 1, initial=iter_num, unit='it', disable=None, dynamic_ncols=True)
-while iter_num <= max_iters:
+while iter_num <= max_iters or eval_only:
 
     # determine the learning rate for this iteration
     lr = get_lr(iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr) if decay_lr else learning_rate
@@ -349,7 +332,7 @@ while iter_num <= max_iters:
         last_time = time.time()
 
     # every step: forward, backward, update; then, while the devices work on it, report on the step before
-    tokens = load('train', starts('train', iter_num, gradient_accumulation_steps * batch_size))
+    tokens = load(data['train'], train_starts(data['train'], batch_shape, block_size, seed, iter_num), block_size, mesh)
     state, metrics = train_step(state, tokens, lr, key, model_config, tx)
     if pending:
         report(*pending)

@@ -1,0 +1,27 @@
+# a small character-level model of Python source code, trained in about two minutes on two CPU cores
+# python train.py config/train_stdlib_char.py
+
+out_dir = 'out-stdlib-char'
+eval_interval = 250
+eval_iters = 40
+log_interval = 10
+sample_tokens = 300  # watch it learn
+wandb_project = 'stdlib-char'
+wandb_run_name = 'mini-gpt'
+
+dataset = 'stdlib_char'
+gradient_accumulation_steps = 1
+batch_size = 16
+block_size = 128
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+dropout = 0.0  # one pass over 10 MB: nothing to overfit
+
+learning_rate = 2e-3
+max_iters = 2500
+lr_decay_iters = 2500
+min_lr = 2e-4
+beta2 = 0.99
+warmup_iters = 100

@@ -1,0 +1,369 @@
+"""
+Claims about the model and its maths. Each can fail: break the property and see.
+
+    python -m pytest -q
+"""
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from model import (GPT, GPTConfig, build, estimate_mfu, eval_starts, eval_step, generate, get_lr, init_params, init_state, load,
+                   loss_fn, make_optimizer, micro_batches, num_params, pick, stream, tokenizer, train_starts, train_step)
+
+TINY = GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=32, bias=True)
+KEY = jax.random.key(0)
+
+
+def tokens(*shape, V=TINY.vocab_size, seed=0):
+    return np.random.default_rng(seed).integers(V, size=shape)
+
+
+def close(a, b, tolerance=1e-5):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance)
+
+
+@functools.cache
+def tiny_model():
+    """TINY with parameters large enough that attention and biases matter."""
+    params = init_params(TINY, 0)
+    noise = np.random.default_rng(1)
+    return build(TINY, jax.tree.map(lambda x: x + 0.2 * noise.standard_normal(x.shape, np.float32), params))
+
+
+def params_of(model):
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def train(config, batch_of, steps, lr=1e-2, weight_decay=0.0):
+    """Trains from scratch on batch_of(step), (G, B, T + 1); returns the last state and all losses."""
+    tx = make_optimizer(0.9, 0.99, weight_decay, 1.0)
+    state, losses = init_state(config, tx, 0), []
+    for step in range(steps):
+        state, metrics = train_step(state, batch_of(step), get_lr(step, lr, 10, steps, lr / 10), KEY, config, tx)
+        losses.append(metrics['loss'])
+    return state, [float(x) for x in losses]
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+
+def numpy_gpt(p, idx, n_head):
+    """GPT-2's forward pass in NumPy, written from the paper, one sequence at a time."""
+    def norm(x, ln):
+        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * ln['weight']
+        return y + ln.get('bias', 0)
+
+    def linear(x, layer):
+        return x @ layer['weight'].reshape(len(layer['weight']), -1) + layer.get('bias', np.zeros(1)).reshape(-1)
+
+    out = []
+    for row in np.asarray(idx):
+        x = p['wte']['weight'][row] + p['wpe']['weight'][:len(row)]
+        for i in range(len(p['h'])):
+            block = p['h'][i]
+            q, k, v = np.split(linear(norm(x, block['ln_1']), block['attn']['c_attn']), 3, axis=-1)
+            heads = []
+            for a, b, c in zip(*(np.split(m, n_head, axis=-1) for m in (q, k, v))):
+                scores = np.where(np.tri(len(row), dtype=bool), a @ b.T / math.sqrt(a.shape[-1]), -np.inf)
+                weights = np.exp(scores - scores.max(-1, keepdims=True))
+                heads.append(weights / weights.sum(-1, keepdims=True) @ c)
+            x = x + linear(np.concatenate(heads, -1), block['attn']['c_proj'])
+            h = linear(norm(x, block['ln_2']), block['mlp']['c_fc'])
+            h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+            x = x + linear(h, block['mlp']['c_proj'])
+        out.append(norm(x, p['ln_f']) @ p['wte']['weight'].T)
+    return np.stack(out)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_logits_equal_a_numpy_forward_pass(bias):
+    config = dataclasses.replace(TINY, bias=bias)
+    noise = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: np.asarray(x + 0.2 * noise.standard_normal(x.shape, np.float32)), init_params(config, 0))
+    idx = tokens(3, 11)
+    close(build(config, params)(idx), numpy_gpt(params, idx, config.n_head), 1e-4)
+
+
+def test_a_token_never_sees_the_future():
+    idx = tokens(1, 16)
+    for t in (1, 7, 15):
+        changed = idx.copy()
+        changed[0, t:] = (changed[0, t:] + 1) % TINY.vocab_size
+        before, after = tiny_model()(idx), tiny_model()(changed)
+        close(before[:, :t], after[:, :t], 1e-6)
+        assert np.abs(before[:, t] - after[:, t]).max() > 1e-3
+
+
+def test_a_new_model_guesses_uniformly():
+    for V in (65, 50304):
+        config = dataclasses.replace(TINY, vocab_size=V)
+        loss = loss_fn(init_params(config, 0), tokens(8, 17, V=V), config)
+        assert abs(loss - math.log(V)) < 0.05
+
+
+def test_initial_values_have_the_standard_deviations_of_gpt2():
+    config = GPTConfig(block_size=128, vocab_size=500, n_layer=8, n_head=4, n_embd=128, bias=True)
+    for path, x in jax.tree_util.tree_flatten_with_path(init_params(config, 0))[0]:
+        name = '.'.join(str(p.key) for p in path)
+        if name.endswith('bias'):
+            assert not x.any(), name
+        elif '.ln_' in name or name.startswith('ln_f'):
+            assert (x == 1).all(), name
+        else:
+            want = 0.02 / math.sqrt(2 * 8) if 'c_proj' in name else 0.02
+            assert abs(x.std() / want - 1) < 0.03, name
+            assert abs(x.mean()) < want * 0.05, name
+
+
+def test_input_and_output_embedding_are_one_matrix_and_stay_one():
+    params = init_params(TINY, 0)
+    assert sum(x.shape == (37, 32) for x in jax.tree.leaves(params)) == 1
+    assert num_params(params) == 37 * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32
+    state, _ = train(TINY, lambda step: tokens(1, 4, 17, seed=step), steps=3)
+    assert jax.tree.structure(state['params']) == jax.tree.structure(params)
+    # both ends read it: as input it moves the features, as output the logits of the same features
+    x = jnp.ones((1, 32))
+    model, other = tiny_model(), build(TINY, params_of(tiny_model()) | {'wte': {'weight': jnp.ones((37, 32))}})
+    assert np.abs(model.head(x) - other.head(x)).max() > 1e-3
+    assert np.abs(model.features(tokens(1, 4))[0] - other.features(tokens(1, 4))[0]).max() > 1e-3
+
+
+def test_dropout_depends_on_the_key_alone_and_keeps_the_mean():
+    config = dataclasses.replace(TINY, dropout=0.5)
+    model, idx = build(config, params_of(tiny_model())), tokens(2, 16)
+    assert (model(idx, KEY) == model(idx, KEY)).all()
+    assert (model(idx, KEY) != model(idx, jax.random.key(1))).any()
+    assert (model(idx) == tiny_model()(idx)).all()
+    from model import dropout
+    y = dropout(jnp.ones((400, 400)), 0.2, KEY)
+    assert abs((y == 0).mean() - 0.2) < 0.01 and abs(y.mean() - 1) < 0.01
+
+
+def test_bfloat16_is_close_to_float32():
+    half = build(dataclasses.replace(TINY, dtype='bfloat16'), params_of(tiny_model()))
+    idx = tokens(2, 16)
+    assert half(idx).dtype == jnp.bfloat16
+    full = tiny_model()(idx)
+    assert np.abs(half(idx) - full).max() < 0.1 * np.abs(full).max()
+
+
+def test_a_bad_config_is_refused():
+    for bad in (dict(n_head=3), dict(n_layer=0), dict(dropout=1.0), dict(dropout=-0.1), dict(dtype='float64')):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            dataclasses.replace(TINY, **bad)
+
+
+# -----------------------------------------------------------------------------
+# the step
+
+
+def test_micro_batches_give_the_gradient_of_one_big_batch():
+    tx = make_optimizer(0.9, 0.99, 0.1, 1.0)
+    batch = tokens(8, 17)
+    states = [train_step(init_state(TINY, tx, 0), batch.reshape(G, 8 // G, 17), 1e-3, KEY, TINY, tx) for G in (1, 4, 8)]
+    for state, metrics in states[1:]:
+        close(metrics, states[0][1])
+        close(state['opt_state'], states[0][0]['opt_state'], 1e-6)
+
+
+def test_one_batch_is_learned_by_heart():
+    batch = tokens(1, 4, 17)
+    assert train(TINY, lambda step: batch, 200)[1][-1] < 0.2
+
+
+def test_the_identity_is_learned():
+    """Target = input: the cheapest proof that data, loss, gradient and update fit together."""
+    def repeat(step):  # a sequence in which every token stands twice; every second target is its input
+        return np.repeat(tokens(1, 16, 9, seed=step), 2, axis=-1)[..., :17]
+    state, losses = train(TINY, repeat, 200)
+    logits = build(TINY, state['params'])(repeat(10**6)[0, :, :16])
+    targets = repeat(10**6)[0, :, 1:]
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    assert nll[:, 0::2].mean() < 0.05  # known
+    assert abs(nll[:, 1::2].mean() - math.log(37)) < 0.2  # not to be known
+
+
+def test_a_markov_source_is_learned_to_its_entropy():
+    V, config = 8, dataclasses.replace(TINY, vocab_size=8)
+    rng = np.random.default_rng(0)
+    P = rng.dirichlet(np.full(V, 0.5), size=V)
+    def chain(step, B=64):
+        rng, x = np.random.default_rng(step), np.zeros((B, 17), int)
+        x[:, 0] = rng.integers(V, size=B)
+        for t in range(16):
+            x[:, t + 1] = (rng.random((B, 1)) > P[x[:, t]].cumsum(1)).sum(1).clip(max=V - 1)
+        return x[None]
+    state, _ = train(config, chain, 300)
+    held_out = np.concatenate([chain(10**6 + i) for i in range(20)])
+    entropy = -np.log(P[held_out[:, :, :-1], held_out[:, :, 1:]]).mean()  # of this very sample under the true source
+    assert entropy - 1e-3 < eval_step(state['params'], held_out, config) < 1.02 * entropy
+
+
+def test_the_step_compiles_once():
+    tx = make_optimizer(0.9, 0.99, 0.1, 1.0)
+    state, before = init_state(TINY, tx, 0), train_step._cache_size()
+    for step in range(4):
+        state, _ = train_step(state, tokens(2, 4, 17, seed=step).astype(np.uint16), 1e-3 * step, KEY, TINY, tx)
+    assert train_step._cache_size() == before + 1
+
+
+def test_gradients_are_clipped_by_their_global_norm_and_only_matrices_decay():
+    params = init_params(TINY, 0)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    tx = make_optimizer(0.9, 0.99, 0.1, 1.0)
+    decayed = tx.update(grads, tx.init(params), params)[0]
+    for path, x in jax.tree_util.tree_flatten_with_path(decayed)[0]:
+        name = '.'.join(str(p.key) for p in path)
+        assert x.any() == (name.endswith('weight') and 'ln_' not in name), name
+    huge = jax.tree.map(lambda x: 1e3 * jnp.ones_like(x), params)
+    first_moment = tx.update(huge, tx.init(params), params)[1][1].mu
+    norm = math.sqrt(sum((x**2).sum() for x in jax.tree.leaves(first_moment)))
+    assert abs(norm - 0.1) < 1e-3  # (1 - beta1) times a gradient of norm 1
+
+
+def test_the_learning_rate_follows_nanogpt_at_its_corners():
+    at = lambda it: get_lr(it, learning_rate=1e-3, warmup_iters=100, lr_decay_iters=1000, min_lr=1e-4)
+    assert at(0) == pytest.approx(1e-3 / 101) and at(99) == pytest.approx(1e-3 * 100 / 101)
+    assert at(100) == pytest.approx(1e-3) and at(550) == pytest.approx(5.5e-4)
+    assert at(1000) == pytest.approx(1e-4) and at(5000) == 1e-4
+    assert get_lr(0, 1e-3, 0, 0, 1e-4) == pytest.approx(1e-3)  # no warm-up and nothing to decay over: no division by zero
+
+
+# -----------------------------------------------------------------------------
+# batches
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step():
+    data = np.arange(1000, dtype=np.uint16)
+    at = lambda seed, step: train_starts(data, (2, 3), 8, seed, step)
+    assert (at(1, 5) == at(1, 5)).all() and (at(1, 5) != at(1, 6)).any() and (at(1, 5) != at(2, 5)).any()
+    mesh = jax.make_mesh((1, 1), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
+    batch = load(data, at(1, 5), 8, mesh)
+    assert batch.shape == (2, 3, 9) and (np.diff(batch) == 1).all() and (batch[..., 0] == at(1, 5)).all()
+
+
+def test_an_epoch_sees_every_part_of_the_data():
+    data, T = np.zeros(100_000), 100
+    starts = np.concatenate([train_starts(data, (1, 10), T, seed=3, step=step) for step in range(100)]).ravel()
+    assert starts.min() >= 0 and starts.max() < len(data) - T
+    seen = np.zeros(len(data), bool)
+    for s in starts:
+        seen[s:s + T] = True
+    assert seen.mean() > 0.8  # 1000 independent draws of 1/1000 of the data see 1 - 1/e = 63%
+    for step in (0, 10**6, 10**9):  # the last position is never overstepped
+        assert train_starts(data, (1, 10**5), T, 0, step).max() <= len(data) - T - 1
+
+
+def test_an_evaluation_looks_at_the_whole_split():
+    starts = eval_starts(np.zeros(1000), (2, 5), 9)
+    assert starts.ravel()[0] == 0 and starts.ravel()[-1] == 990 and (np.diff(starts.ravel()) == 110).all()
+
+
+def test_micro_batches_hold_what_a_device_can_take():
+    assert micro_batches(40 * 12, 12, 1) == (40, 12)
+    assert micro_batches(40 * 12, 12, 8) == (5, 96)
+    assert micro_batches(64, 64, 8) == (1, 64)
+    assert micro_batches(12, 12, 5) is None
+
+
+# -----------------------------------------------------------------------------
+# sampling
+
+
+def greedy_without_cache(model, idx, n):
+    for _ in range(n):
+        idx = np.concatenate([idx, model(idx).argmax(-1)[:, -1:]], axis=1)
+    return idx
+
+
+@pytest.mark.parametrize('prompt', [1, 5, 16])
+def test_greedy_text_is_the_same_with_and_without_the_cache(prompt):
+    idx = tokens(3, prompt)
+    n = 16 - prompt + 1  # the last of them sees the full context
+    cached = generate(tiny_model(), idx, n, temperature=0, key=KEY)
+    assert (cached == greedy_without_cache(tiny_model(), idx, n)).all()
+
+
+def test_text_goes_on_beyond_the_context():
+    """When the window of 16 is full, its last 8 tokens are read again as a prompt."""
+    idx = tokens(2, 4)
+    out = np.asarray(generate(tiny_model(), idx, 40, temperature=0, key=KEY))
+    assert out.shape == (2, 44)
+    want = greedy_without_cache(tiny_model(), idx, 13)
+    while want.shape[1] < 44:
+        want = np.concatenate([want, greedy_without_cache(tiny_model(), want[:, -8:], 9)[:, 8:]], axis=1)
+    assert (out == want[:, :44]).all()
+
+
+def test_a_long_prompt_is_cut_to_its_end():
+    idx = tokens(1, 50)
+    out = generate(tiny_model(), idx, 1, temperature=0, key=KEY)
+    assert (out[:, :50] == idx).all() and out[0, 50] == tiny_model()(idx[:, -16:])[0, -1].argmax()
+
+
+def test_text_depends_on_the_key_and_not_on_how_it_is_chunked():
+    idx = tokens(2, 3)
+    whole = generate(tiny_model(), idx, 30, key=KEY)
+    assert (whole == generate(tiny_model(), idx, 30, key=KEY, chunk=7)).all()
+    assert (whole != generate(tiny_model(), idx, 30, key=jax.random.key(1))).any()
+
+
+def test_text_stops_at_the_end_of_text():
+    idx = tokens(4, 3)
+    free = np.asarray(generate(tiny_model(), idx, 12, key=KEY))
+    eot = int(free[0, 6])
+    out = np.asarray(generate(tiny_model(), idx, 12, key=KEY, eot=eot))
+    ends = []
+    for row, unstopped in zip(out, free):
+        met = np.flatnonzero(unstopped[3:] == eot)
+        end = 3 + met[0] if len(met) else len(unstopped)
+        assert (row[:end] == unstopped[:end][:len(row)]).all() and (row[end:] == eot).all()
+        ends.append(end)
+    one = list(stream(tiny_model(), idx[:1], 12, key=jax.random.key(5), temperature=0, eot=int(greedy_without_cache(tiny_model(), idx[:1], 1)[0, -1])))
+    assert sum(part.shape[1] for part in one) == 1  # nothing is made after every row has ended
+
+
+def test_top_k_and_top_p_leave_the_likeliest():
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.05, 0.25, 0.2]]).repeat(4000, axis=0))
+    share = lambda *how: np.bincount(pick(logits, KEY, *how), minlength=5) / 4000
+    np.testing.assert_allclose(share(1.0, None, 1.0), [0.1, 0.4, 0.05, 0.25, 0.2], atol=0.03)
+    np.testing.assert_allclose(share(1.0, 2, 1.0), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0], atol=0.03)
+    np.testing.assert_allclose(share(1.0, None, 0.6), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0], atol=0.03)
+    np.testing.assert_allclose(share(1.0, 3, 0.1), [0, 1, 0, 0, 0])
+    np.testing.assert_allclose(share(0, 200, 1.0), [0, 1, 0, 0, 0])
+    np.testing.assert_allclose(share(0.5, 200, 1.0), np.array([0.01, 0.16, 0.0025, 0.0625, 0.04]) / 0.275, atol=0.03)
+
+
+def test_padded_rows_of_the_vocabulary_are_never_written():
+    idx = tokens(8, 3, V=5)
+    assert generate(tiny_model(), idx, 20, key=KEY, temperature=5.0, n_vocab=5).max() < 5
+
+
+# -----------------------------------------------------------------------------
+# text, and counting FLOPs
+
+
+def test_the_character_tokenizer_returns_what_it_was_given():
+    encode, decode, eot = tokenizer({'kind': 'char', 'chars': '\nabé'})
+    assert encode('é\nab') == [3, 0, 1, 2] and decode([3, 0, 1, 2]) == 'é\nab' and eot is None
+    with pytest.raises(ValueError, match='zß'):
+        encode('zaßa')
+
+
+def test_mfu_counts_palms_flops():
+    class Device:
+        device_kind = 'NVIDIA H100 80GB HBM3'
+    config = GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768)
+    assert estimate_mfu(config, 124e6, 1e5, [Device] * 2) == pytest.approx(1e5 * (6 * 124e6 + 12 * 12 * 768 * 1024) / (2 * 989e12))
+    Device.device_kind = 'cpu'
+    assert estimate_mfu(config, 124e6, 1e5, [Device]) is None
