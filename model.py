@@ -208,7 +208,18 @@ def estimate_mfu(config, n_params, tokens_per_second, devices):
 
 
 # -----------------------------------------------------------------------------
-# the training state and its sharding
+# devices, the training state, and its sharding
+
+
+def find_devices(kind=''):
+    """All devices of a kind, 'cpu', 'gpu' or 'tpu', or of the best kind that JAX finds. Raises ValueError if there are
+    none. Comes before anything else that JAX does."""
+    if kind:
+        jax.config.update('jax_platforms', {'gpu': 'cuda'}.get(kind, kind))
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device = {kind!r}: JAX finds none here; README.md says what to install for a GPU or a TPU") from None
 
 
 def make_optimizer(beta1, beta2, weight_decay, grad_clip):
@@ -331,7 +342,7 @@ def train_step(state, tokens, lr, key, config, tx):
     loss, grads = jax.tree.map(lambda x: x / G, total)
     updates, opt_state = tx.update(grads, state['opt_state'], params)
     params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
-    return {'params': params, 'opt_state': opt_state, 'step': state['step'] + 1}, {'loss': loss, 'grad_norm': optax.global_norm(grads)}
+    return {'params': params, 'opt_state': opt_state, 'step': state['step'] + 1}, {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
 
 
 @functools.partial(jax.jit, static_argnames='config')

@@ -38,14 +38,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from model import load_run, stream, tokenizer
+from model import find_devices, load_run, stream, tokenizer
 
-if device:
-    jax.config.update('jax_platforms', {'gpu': 'cuda'}.get(device, device))
 try:
-    jax.devices()
-except RuntimeError as e:
-    fail(f'device = {device!r}: {str(e).splitlines()[0]}')
+    find_devices(device)
+except ValueError as e:
+    fail(e)
 
 # encode the beginning of the prompt
 with open(os.path.join(out_dir, 'config.json'), encoding='utf-8') as f:

@@ -72,11 +72,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import AxisType
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 from tqdm import tqdm
 
-from model import (GPTConfig, build, estimate_mfu, eval_starts, eval_step, get_lr, init_state, load,
-                   make_optimizer, micro_batches, num_params, shardings, stream, tokenizer, train_starts, train_step)
+from model import (GPTConfig, build, estimate_mfu, eval_starts, eval_step, find_devices, generate, get_lr, init_state, load,
+                   make_optimizer, micro_batches, num_params, shardings, tokenizer, train_starts, train_step)
 
 # -----------------------------------------------------------------------------
 # can this run be done?
@@ -107,12 +106,10 @@ elif os.path.exists(run_file) and not (overwrite or eval_only):
 # -----------------------------------------------------------------------------
 # devices: one mesh, whatever there is
 
-if device:
-    jax.config.update('jax_platforms', {'gpu': 'cuda'}.get(device, device))
 try:
-    devices = jax.devices()
-except RuntimeError as e:
-    fail(f'device = {device!r}: {str(e).splitlines()[0]}')
+    devices = find_devices(device)
+except ValueError as e:
+    fail(e)
 mesh_data = len(devices) // mesh_tensor if mesh_data == -1 else mesh_data
 if mesh_data * mesh_tensor != len(devices):
     fail(f'mesh_data = {mesh_data} times mesh_tensor = {mesh_tensor} is not {len(devices)}, the number of devices')
@@ -127,7 +124,9 @@ data, meta = {}, {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name':
 for split in ('train', 'val'):
     path = os.path.join(data_dir, f'{split}.bin')
     if not os.path.exists(path):
-        fail(f'dataset = {dataset!r} is not prepared: run python {os.path.relpath(data_dir)}/prepare.py')
+        script = os.path.join(os.path.relpath(data_dir), 'prepare.py')
+        fail(f'dataset = {dataset!r} is not prepared: run python ' + (
+            script if os.path.exists(script) else f'data/text/prepare.py YOUR_FILES --name={dataset}'))
     data[split] = np.memmap(path, '<u2', 'r')
     if len(data[split]) <= block_size:
         fail(f'{path} holds {len(data[split]):,} tokens: block_size = {block_size} needs more')
@@ -160,10 +159,16 @@ if init_from == 'scratch' and not eval_only:
         if os.path.exists(path):
             os.remove(path)
     shutil.rmtree(ckpt_dir, ignore_errors=True)
-best_steps = []  # the checkpoint to keep beside the latest two
-keep = AnyPreservationPolicy([LatestN(2), CustomSteps(best_steps)])
+
+
+class Keep:
+    """The checkpoints that stay: the latest two, and the best."""
+    def should_preserve(self, checkpoints, *, context):
+        return [c.step in (*sorted(c.step for c in checkpoints)[-2:], best_iter) for c in checkpoints]
+
+
 manager = ocp.CheckpointManager(ckpt_dir, options=ocp.CheckpointManagerOptions(
-    preservation_policy=keep, create=not eval_only, cleanup_tmp_directories=not eval_only))
+    preservation_policy=Keep(), create=not eval_only, cleanup_tmp_directories=not eval_only))
 
 progress = {'iter_num': 0, 'best_val_loss': 1e9, 'best_iter': None, 'wandb_id': None}
 if init_from == 'scratch' or manager.latest_step() is None:
@@ -177,7 +182,6 @@ else:
         params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest), progress=ocp.args.JsonRestore()))
     state, progress = {'params': restored['params'], **restored['rest']}, restored['progress']
 iter_num, best_val_loss, best_iter, wandb_id = progress.values()
-best_steps += [best_iter] if best_iter else []
 
 
 def save():
@@ -213,8 +217,7 @@ if not eval_only:
     log_csv = open(log_file, 'a', buffering=1, encoding='utf-8')
 if wandb_log:
     import wandb
-    wandb_id = wandb_id or wandb.util.generate_id()
-    wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume='allow')
+    wandb_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume='allow').id
 
 
 def say(text):
@@ -269,13 +272,12 @@ def estimate_loss():
 
 
 def show_sample():
-    """Prints a text of sample_tokens tokens."""
+    """Prints the first tokens of the validation data and how the model goes on, for sample_tokens tokens."""
     _, decode, eot = tokenizer(meta['tokenizer'])
-    model = build(model_config, state['params'])
-    start = np.array([[0 if eot is None else eot]])
-    ids = [int(i) for part in stream(model, start, sample_tokens, temperature=0.8, top_k=200, key=key, n_vocab=meta['vocab_size'])
-           for i in part[0]]
-    say(f'--- a sample at step {iter_num}\n{decode(ids)}\n---')
+    prompt = data['val'][None, :min(16, block_size)]
+    ids = generate(build(model_config, state['params']), prompt, sample_tokens, temperature=0.8, top_k=200, key=key,
+                   eot=eot, n_vocab=meta['vocab_size'])
+    say(f'--- a sample at step {iter_num}\n{decode(ids[0].tolist())}\n---')
 
 
 def report(n, lr, metrics):
@@ -321,7 +323,6 @@ while iter_num <= max_iters or eval_only:
                        'mfu': 100 * (running_mfu or 0)})
         if losses['val'] < best_val_loss and iter_num > 0 and not eval_only:
             best_val_loss, best_iter = losses['val'], iter_num
-            best_steps[:] = [best_iter]
             save()
             write(best_file, json.dumps({'iter': best_iter, 'val_loss': best_val_loss}))
         if sample_tokens:

@@ -11,7 +11,7 @@ wandb_run_name = 'mini-gpt'
 
 dataset = 'stdlib_char'
 gradient_accumulation_steps = 1
-batch_size = 16
+batch_size = 12
 block_size = 128
 
 n_layer = 4
@@ -19,9 +19,9 @@ n_head = 4
 n_embd = 128
 dropout = 0.0  # one pass over 10 MB: nothing to overfit
 
-learning_rate = 2e-3
-max_iters = 2500
-lr_decay_iters = 2500
-min_lr = 2e-4
+learning_rate = 3e-3
+max_iters = 2000
+lr_decay_iters = 2000
+min_lr = 3e-4
 beta2 = 0.99
 warmup_iters = 100
