@@ -8,21 +8,37 @@
 # an unknown key or a value of the wrong type is an error (exit code 2). A config file is Python: it sees the values so
 # far, may import, and may have names of its own that start with an underscore.
 #
-# Leaves three names for the script: `config` (the value of every key), `given` (the keys that somebody set) and
-# `fail(message)`, which says in one line what is wrong and exits with code 2.
+# Leaves some names for the script: `config` (the value of every key), `given` (the keys that somebody set),
+# `fail(message)`, which says in one line what is wrong and exits with code 2, `with refuse(errors):`, which does that
+# with errors raised inside, and `check(key=(low, high), ...)`, which does it with numbers out of bounds.
 import ast
 import difflib
 import os
 import re
 import sys
+from contextlib import contextmanager
 
 config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))}
 given = set()
 
 
-def fail(message):
+def fail(message, code=2):
     print(f'{os.path.basename(__file__)}: error: {message}', file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
+
+
+@contextmanager
+def refuse(*errors):
+    try:
+        yield
+    except errors as e:
+        fail(f'{e.filename}: {e.strerror}' if isinstance(e, OSError) and e.filename else e)
+
+
+def check(**bounds):
+    for key, (low, high) in bounds.items():
+        if not low <= config[key] <= high:
+            fail(f'{key} = {config[key]}: must be from {low:,} to {high:,}')
 
 
 def _set(key, value, where):

@@ -11,8 +11,10 @@ References:
 2) OpenAI's GPT-2: https://github.com/openai/gpt-2/blob/master/src/model.py
 """
 import functools
+import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,15 +41,15 @@ class GPTConfig:
     dtype: str = 'float32'  # of activations; parameters are float32, and so are norms, softmax and loss
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} = {getattr(self, name)}: must be at least 1')
+        for name, high in dict(block_size=2**24, vocab_size=2**24, n_layer=1000, n_head=10**4, n_embd=10**6).items():
+            if not 1 <= getattr(self, name) <= high:
+                raise ValueError(f'{name} = {getattr(self, name)}: must be from 1 to {high:,}')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout = {self.dropout}: must be at least 0 and below 1')
-        if self.dtype not in ('float32', 'bfloat16'):
-            raise ValueError(f'dtype = {self.dtype!r}: must be float32 or bfloat16')
+        if self.dtype not in ('float32', 'bfloat16', 'float16'):
+            raise ValueError(f'dtype = {self.dtype!r}: must be float32, bfloat16 or float16')
 
 
 def init_table(config):
@@ -248,9 +250,12 @@ def init_params(config, seed):
 
 
 def init_state(config, tx, seed):
-    """What a checkpoint holds: parameters, optimizer state, and the number of updates so far."""
+    """What a checkpoint holds: parameters, optimizer state, the number of steps so far, how many of them had gradients
+    that were not finite, in all and since the last good one, and for float16 the loss scale and the good steps under it."""
     params = init_params(config, seed)
-    return {'params': params, 'opt_state': tx.init(params), 'step': jnp.zeros((), jnp.int32)}
+    counters = {name: jnp.zeros((), jnp.int32) for name in ('step', 'skipped', 'skipped_in_a_row', 'scale_age')}
+    scale = jnp.float32(2**15 if config.dtype == 'float16' else 1)
+    return {'params': params, 'opt_state': tx.init(params), 'loss_scale': scale, **counters}
 
 
 def shardings(state, mesh, fsdp=False):
@@ -275,7 +280,43 @@ def shardings(state, mesh, fsdp=False):
 
 
 # -----------------------------------------------------------------------------
-# batches: pure functions of (seed, step), the same sequences on every mesh
+# data, and batches: pure functions of (seed, step), the same sequences on every mesh
+
+
+def open_dataset(folder, block_size):
+    """({'train': tokens, 'val': tokens}, meta) of a dataset's folder, memory-mapped. Raises ValueError saying what is
+    wrong with it: files that are missing, cut off or too short, or tokens outside the vocabulary."""
+    folder, data = Path(folder), {}
+    meta = {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
+    if (folder / 'meta.json').exists():
+        meta = read_json(folder / 'meta.json')
+        kind, chars = meta.get('tokenizer', {}).get('kind'), meta.get('tokenizer', {}).get('chars', '')
+        if type(meta.get('vocab_size')) is not int or not (kind == 'char' and len(chars) == meta['vocab_size'] or
+                                                           kind == 'tiktoken' and 'name' in meta['tokenizer']):
+            raise ValueError(f'{folder}/meta.json lacks vocab_size or a tokenizer that fits it; prepare the dataset again')
+    for split in ('train', 'val'):
+        path = folder / f'{split}.bin'
+        if not path.exists():
+            script = folder / 'prepare.py' if (folder / 'prepare.py').exists() else f'data/text/prepare.py YOUR_FILES --name={folder.name}'
+            raise ValueError(f'dataset = {folder.name!r} is not prepared: run python {script}')
+        size = path.stat().st_size
+        if size % 2 or size // 2 <= block_size:
+            raise ValueError(f'{path} holds {size:,} bytes: two a token, and more than block_size = {block_size} tokens, are needed')
+        data[split] = np.memmap(path, '<u2', 'r')
+        if (highest := int(data[split][:10**8].max())) >= meta['vocab_size']:  # more of it would take a while; load() looks too
+            raise ValueError(f'{path} holds token {highest}, but the vocabulary has {meta["vocab_size"]}; prepare the dataset again')
+    return data, meta
+
+
+def read_json(path):
+    """What a JSON file holds, a dict. Raises ValueError if it is not that."""
+    try:
+        value = json.loads(Path(path).read_text(encoding='utf-8'))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f'{path} is not a JSON object')
+    return value
 
 
 def micro_batches(n, batch_size, n_devices):
@@ -302,10 +343,14 @@ def eval_starts(data, shape, block_size):
     return np.linspace(0, len(data) - block_size - 1, math.prod(shape)).astype(np.int64).reshape(shape)
 
 
-def load(data, starts, block_size, mesh):
+def load(data, starts, block_size, vocab_size, mesh):
     """The tokens (G, B, block_size + 1) that begin at `starts` (G, B), B split over the data axis of the mesh. A process
-    reads only its own devices' part."""
-    rows = lambda index: data[starts[index[:2]][..., None] + np.arange(block_size + 1)]
+    reads only its own devices' part. Raises ValueError for a token outside the vocabulary, which JAX would clip in silence."""
+    def rows(index):
+        tokens = data[starts[index[:2]][..., None] + np.arange(block_size + 1)]
+        if tokens.max() >= vocab_size:
+            raise ValueError(f'{data.filename} holds token {tokens.max()}, but the vocabulary has {vocab_size}')
+        return tokens
     return jax.make_array_from_callback((*starts.shape, block_size + 1), NamedSharding(mesh, P(None, 'data')), rows)
 
 
@@ -329,20 +374,49 @@ def loss_fn(params, tokens, config, key=None):
 @functools.partial(jax.jit, static_argnames=('config', 'tx'), donate_argnames='state')
 def train_step(state, tokens, lr, key, config, tx):
     """One update from the mean gradient of G micro-batches: tokens (G, B, T + 1). Dropout depends on (key, step) alone.
-    Returns the new state (the old one's memory is reused) and {'loss', 'grad_norm'}, the norm before clipping."""
-    params, G = state['params'], tokens.shape[0]
+    If the gradient is not finite, parameters and optimizer stay as they were. Returns the new state (the old one's memory
+    is reused) and metrics: loss, grad_norm (before clipping), skipped and skipped_in_a_row."""
+    params, opt_state, scale, G = state['params'], state['opt_state'], state['loss_scale'], tokens.shape[0]
     key = jax.random.fold_in(key, state['step'])
 
     def micro_step(total, batch):
         i, tokens = batch
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, tokens, config, jax.random.fold_in(key, i))), None
+        loss = lambda params: scale * loss_fn(params, tokens, config, jax.random.fold_in(key, i))
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params)), None
 
     zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
     total, _ = jax.lax.scan(micro_step, zero, (jnp.arange(G), tokens))
-    loss, grads = jax.tree.map(lambda x: x / G, total)
-    updates, opt_state = tx.update(grads, state['opt_state'], params)
-    params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
-    return {'params': params, 'opt_state': opt_state, 'step': state['step'] + 1}, {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
+    loss, grads = jax.tree.map(lambda x: x / (G * scale), total)
+    grad_norm = optax.tree.norm(grads)
+
+    updates, new_opt_state = tx.update(grads, opt_state, params)
+    new_params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state))
+
+    skipped, in_a_row = state['skipped'] + ~finite, jnp.where(finite, 0, state['skipped_in_a_row'] + 1)
+    age = jnp.where(finite, state['scale_age'] + 1, 0)
+    if config.dtype == 'float16':  # as large as goes without overflow: halved after one, doubled after 2000 good steps
+        scale = jnp.where(finite, jnp.where(age % 2000 == 0, 2 * scale, scale), jnp.maximum(scale / 2, 1))
+    return ({'params': params, 'opt_state': opt_state, 'step': state['step'] + 1, 'skipped': skipped,
+             'skipped_in_a_row': in_a_row, 'loss_scale': scale, 'scale_age': age},
+            {'loss': loss, 'grad_norm': grad_norm, 'skipped': skipped, 'skipped_in_a_row': in_a_row})
+
+
+def compile_step(state, shape, mesh, config, tx):
+    """train_step compiled for a state and batches of `shape` = (G, B): a function of (state, tokens, lr, key). Raises
+    MemoryError where it would not fit a device: on a CPU the system would end the process without a word."""
+    tokens = jax.ShapeDtypeStruct((*shape, config.block_size + 1), np.uint16, sharding=NamedSharding(mesh, P(None, 'data')))
+    step = train_step.lower(state, tokens, 0.0, jax.random.key(0), config=config, tx=tx).compile()
+    device, use = mesh.devices.flat[0], step.memory_analysis()
+    needed = use.argument_size_in_bytes + use.temp_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
+    if device.platform == 'cpu':
+        limit, needed = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'), needed * mesh.size
+    else:
+        limit = (device.memory_stats() or {}).get('bytes_limit', math.inf)
+    if needed > limit:
+        raise MemoryError(f'a step needs {needed / 2**30:.1f} GiB, a device has {limit / 2**30:.1f}')
+    return step
 
 
 @functools.partial(jax.jit, static_argnames='config')
@@ -440,28 +514,55 @@ def generate(model, idx, max_new_tokens, **how):
 # run directories and text
 
 
+def file_sums(checkpoint):
+    """SHA-256 of every file of a checkpoint's items, by name."""
+    return {path.relative_to(checkpoint).as_posix(): hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()
+            for path in sorted(checkpoint.glob('*/**/*')) if path.is_file()}
+
+
+def seal(checkpoints):
+    """Notes the sums of checkpoints that have none: Orbax does not notice every damage, a flipped bit for one. Called
+    when Orbax has written all files of a checkpoint and not yet given it its name."""
+    for folder in Path(checkpoints).iterdir():
+        if folder.is_dir() and not (folder / 'sha256.json').exists():
+            (folder / 'sha256.json').write_text(json.dumps(file_sums(folder)))
+
+
+def damage(checkpoint):
+    """The name of a file that is not what it was when the checkpoint was sealed, or None."""
+    try:
+        noted, there = read_json(checkpoint / 'sha256.json'), file_sums(checkpoint)
+    except (ValueError, OSError):
+        return 'sha256.json'
+    return next((name for name in noted if there.get(name) != noted[name]), None)
+
+
 def load_run(out_dir, checkpoint='best', **changes):
     """The model of a run directory, from its best or its latest checkpoint; `changes` to its GPTConfig, such as dtype.
-    Raises FileNotFoundError where there is no checkpoint."""
-    import orbax.checkpoint as ocp  # here, because training imports it anyway and nothing else needs it
+    Raises ValueError where there is none that can be read."""
+    import orbax.checkpoint as ocp  # here, because only a run directory needs it
     out_dir = Path(out_dir).absolute()
-    config = GPTConfig(**json.loads((out_dir / 'config.json').read_text(encoding='utf-8'))['model_args'] | changes)
+    config = GPTConfig(**read_json(out_dir / 'config.json')['model_args'] | changes)
     steps = ocp.utils.checkpoint_steps(out_dir / 'checkpoints') if (out_dir / 'checkpoints').exists() else []
     if not steps:
-        raise FileNotFoundError(f'{out_dir} holds no checkpoint yet')
+        raise ValueError(f'{out_dir} holds no checkpoint yet')
     step = max(steps)
     if checkpoint == 'best' and (out_dir / 'best.json').exists():
-        best = json.loads((out_dir / 'best.json').read_text(encoding='utf-8'))['iter']
+        best = read_json(out_dir / 'best.json')['iter']
         step = best if best in steps else step
+    folder = out_dir / 'checkpoints' / str(step)
+    if name := damage(folder):
+        raise ValueError(f'{folder} is damaged ({name}); there are checkpoints {steps}, and the keys --checkpoint=best and =latest')
     params = jax.eval_shape(lambda: init_params(config, 0))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params)
-    return build(config, ocp.StandardCheckpointer().restore(out_dir / 'checkpoints' / str(step) / 'params', params))
+    return build(config, ocp.StandardCheckpointer().restore(folder / 'params', params))
 
 
 def tokenizer(meta):
     """encode(text) -> ids, decode(ids) -> text, and the id of <|endoftext|> or None, for the tokenizer that a
-    meta.json describes. encode raises ValueError naming the characters that it does not know."""
+    meta.json describes. encode raises ValueError naming the characters that it does not know; so does
+    a vocabulary that cannot be downloaded."""
     if meta['kind'] == 'char':
         chars = meta['chars']
         id_of = {c: i for i, c in enumerate(chars)}
@@ -473,5 +574,8 @@ def tokenizer(meta):
 
         return encode, lambda ids: ''.join(chars[i] for i in ids), None
     import tiktoken
-    enc = tiktoken.get_encoding(meta['name'])
+    try:
+        enc = tiktoken.get_encoding(meta['name'])
+    except Exception as e:  # requests' errors, or a damaged cache
+        raise ValueError(f'no {meta["name"]} vocabulary ({type(e).__name__}): README.md, troubleshooting, has what to do') from None
     return functools.partial(enc.encode, allowed_special={'<|endoftext|>'}), enc.decode, enc.eot_token

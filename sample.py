@@ -5,7 +5,6 @@ Writes text with a model that train.py has trained.
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=1    # streams on a terminal
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
 """
-import json
 import os
 import sys
 
@@ -24,9 +23,7 @@ dtype = ''  # of activations, 'float32' or 'bfloat16'; '': as trained
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 # -----------------------------------------------------------------------------
 
-for key, lowest in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0)):
-    if config[key] < lowest:
-        fail(f'{key} = {config[key]}: must be at least {lowest}')
+check(num_samples=(1, 10**6), max_new_tokens=(1, 10**9), temperature=(0, 10**6), top_k=(0, 10**9), seed=(0, 2**32 - 1))
 if not 0 < top_p <= 1:
     fail(f'top_p = {top_p}: must be above 0 and at most 1')
 if checkpoint not in ('best', 'latest'):
@@ -38,27 +35,23 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from model import find_devices, load_run, stream, tokenizer
+from model import find_devices, load_run, read_json, stream, tokenizer
 
-try:
+with refuse(ValueError):
     find_devices(device)
-except ValueError as e:
-    fail(e)
 
 # encode the beginning of the prompt
-with open(os.path.join(out_dir, 'config.json'), encoding='utf-8') as f:
-    run = json.load(f)
-encode, decode, eot = tokenizer(run['tokenizer'])
+with refuse(ValueError):
+    run = read_json(os.path.join(out_dir, 'config.json'))
+    encode, decode, eot = tokenizer(run['tokenizer'])
 if start.startswith('FILE:'):
-    try:
-        with open(start[5:], encoding='utf-8') as f:
+    with refuse(OSError), open(start[5:], encoding='utf-8') as f:
+        try:
             start = f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        fail(f'start = {start!r}: {e.strerror if isinstance(e, OSError) else "not UTF-8 text"}')
-try:
+        except UnicodeDecodeError:
+            fail(f'{start[5:]}: not UTF-8 text')
+with refuse(ValueError):
     prompt = encode(start)
-except ValueError as e:
-    fail(f'start: {e}')
 if not prompt:
     fail('start is empty: give at least one character to go on from')
 block_size = run['model_args']['block_size']
@@ -66,10 +59,8 @@ if len(prompt) > block_size:
     print(f'warning: the prompt has {len(prompt)} tokens, of which the model sees the last {block_size}', file=sys.stderr)
 
 # run generation: all samples at once, or a single one as it is made
-try:
+with refuse(ValueError):
     model = load_run(out_dir, checkpoint, **({'dtype': dtype} if dtype else {}))
-except (ValueError, FileNotFoundError) as e:
-    fail(e)
 live = num_samples == 1 and sys.stdout.isatty()
 parts, shown = [np.array([prompt] * num_samples)], ''
 with tqdm(total=max_new_tokens, unit='tok', leave=False, disable=True if live else None) as bar:

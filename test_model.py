@@ -231,6 +231,34 @@ def test_gradients_are_clipped_by_their_global_norm_and_only_matrices_decay():
     assert abs(norm - 0.1) < 1e-3  # (1 - beta1) times a gradient of norm 1
 
 
+def test_an_update_that_is_not_finite_is_skipped_and_counted():
+    tx = make_optimizer(0.9, 0.99, 0.1, 1.0)
+    batch = tokens(1, 4, 17)
+    step = lambda state: train_step(jax.tree.map(jnp.copy, state), batch, 1e-3, KEY, TINY, tx)
+    good, metrics = step(init_state(TINY, tx, 0))
+    assert metrics['skipped'] == 0 and (good['params']['wpe']['weight'] != init_params(TINY, 0)['wpe']['weight']).any()
+    bad, metrics = step(step(good | {'loss_scale': jnp.float32(np.inf)})[0])
+    close([bad['params'], bad['opt_state']], [good['params'], good['opt_state']], 0)
+    assert metrics['skipped'] == metrics['skipped_in_a_row'] == 2 and bad['step'] == 3
+    after, metrics = step(bad | {'loss_scale': jnp.float32(1)})
+    assert metrics['skipped'] == 2 and metrics['skipped_in_a_row'] == 0
+    assert (after['params']['wpe']['weight'] != bad['params']['wpe']['weight']).any()
+
+
+def test_the_loss_scale_of_float16_finds_its_height():
+    config, tx = dataclasses.replace(TINY, dtype='float16'), make_optimizer(0.9, 0.99, 0.1, 1.0)
+    state, batch = init_state(config, tx, 0) | {'loss_scale': jnp.float32(2**30)}, tokens(1, 4, 17)
+    for _ in range(30):
+        state, metrics = train_step(state, batch, 1e-3, KEY, config, tx)
+    assert 1 < state['loss_scale'] < 2**30 and metrics['skipped'] > 0 and metrics['skipped_in_a_row'] == 0
+    scale = float(state['loss_scale'])
+    state, metrics = train_step(state | {'scale_age': jnp.int32(1999)}, batch, 1e-3, KEY, config, tx)
+    assert state['loss_scale'] == 2 * scale
+    exact, _ = train_step(init_state(TINY, tx, 0), batch, 1e-3, KEY, TINY, tx)
+    half, _ = train_step(init_state(config, tx, 0), batch, 1e-3, KEY, config, tx)  # the scale is divided out again
+    close(half['opt_state'][1].mu, exact['opt_state'][1].mu, 1e-3)
+
+
 def test_the_learning_rate_follows_nanogpt_at_its_corners():
     at = lambda it: get_lr(it, learning_rate=1e-3, warmup_iters=100, lr_decay_iters=1000, min_lr=1e-4)
     assert at(0) == pytest.approx(1e-3 / 101) and at(99) == pytest.approx(1e-3 * 100 / 101)
@@ -248,7 +276,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     at = lambda seed, step: train_starts(data, (2, 3), 8, seed, step)
     assert (at(1, 5) == at(1, 5)).all() and (at(1, 5) != at(1, 6)).any() and (at(1, 5) != at(2, 5)).any()
     mesh = jax.make_mesh((1, 1), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
-    batch = load(data, at(1, 5), 8, mesh)
+    batch = load(data, at(1, 5), 8, 1000, mesh)
     assert batch.shape == (2, 3, 9) and (np.diff(batch) == 1).all() and (batch[..., 0] == at(1, 5)).all()
 
 
@@ -281,8 +309,12 @@ def test_micro_batches_hold_what_a_device_can_take():
 
 
 def greedy_without_cache(model, idx, n):
+    """The whole context is computed anew for each token; it is padded to one length, so that this compiles once."""
+    logits = jax.jit(lambda params, idx: build(TINY, params)(idx))
     for _ in range(n):
-        idx = np.concatenate([idx, model(idx).argmax(-1)[:, -1:]], axis=1)
+        padded = np.zeros((len(idx), TINY.block_size), int)
+        padded[:, :idx.shape[1]] = idx
+        idx = np.concatenate([idx, logits(params_of(model), padded)[:, idx.shape[1] - 1].argmax(-1)[:, None]], axis=1)
     return idx
 
 

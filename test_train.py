@@ -156,6 +156,93 @@ def test_wandb_logs_without_a_network(repo):
 
 
 # -----------------------------------------------------------------------------
+# faults
+
+
+def test_kill_9_at_any_moment_loses_nothing(repo):
+    """Killed again and again, in the middle of checkpoints too, the run ends as one that was never stopped. More rounds:
+    KILL_ROUNDS=100 python -m pytest -q test_train.py -k kill_9"""
+    rng, out_dir, rounds = np.random.default_rng(0), repo / 'killed', int(os.environ.get('KILL_ROUNDS', 3))
+    args = [*TINY, '--n_embd=64', '--eval_iters=1', '--lr_decay_iters=1000']
+    killed_while_saving = 0
+    for _ in range(rounds):
+        begun = (out_dir / 'config.json').exists()  # a run that was killed before it began begins again
+        process = start(repo, 'train.py', *(['--init_from=resume'] if begun else args), f'--out_dir={out_dir}', '--max_iters=1000000', '--device=cpu')
+        try:
+            out, err = process.communicate(timeout=rng.uniform(1, 8))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, out + err
+        killed_while_saving += any('tmp' in path.name for path in out_dir.glob('checkpoints/*'))
+    last = max([int(path.name) for path in out_dir.glob('checkpoints/*') if path.name.isdigit()], default=0)
+    run(repo, 'train.py', '--init_from=resume', f'--out_dir={out_dir}', f'--max_iters={last + 7}', '--device=cpu')
+    run(repo, 'train.py', *args, f'--out_dir={out_dir}-not', f'--max_iters={last + 7}')
+    assert_same_run(out_dir, Path(f'{out_dir}-not'))
+    print(f'{rounds} kills, {killed_while_saving} of them while a checkpoint was written, {last + 8} iterations')
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(repo):
+    run(repo, 'train.py', *TINY, '--out_dir=whole-one')
+    run(repo, 'train.py', *TINY, '--out_dir=hurt', '--max_iters=11')
+    victim = max((repo / 'hurt/checkpoints/12/params').rglob('d/*'), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    victim.write_bytes(content)
+    assert 'is damaged' in run(repo, 'sample.py', '--out_dir=hurt', '--checkpoint=latest', '--device=cpu', code=2)
+    out = run(repo, 'train.py', '--init_from=resume', '--out_dir=hurt', '--max_iters=12', '--device=cpu')
+    assert f'checkpoint 12 is damaged ({victim.relative_to(repo / "hurt/checkpoints/12")}), going on from 10' in out
+    assert_same_run(repo / 'hurt', repo / 'whole-one')
+    assert list((repo / 'hurt').glob('damaged-12-*'))  # moved aside, not deleted
+    for path in (repo / 'hurt/checkpoints').glob('*/params/manifest.ocdbt'):
+        path.unlink()
+    assert 'can be read' in run(repo, 'train.py', '--init_from=resume', '--out_dir=hurt', '--device=cpu', code=2)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_intact(repo):
+    disk = repo / 'small-disk'
+    disk.mkdir()
+    if sys.platform != 'linux' or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', disk], capture_output=True).returncode:
+        pytest.skip('no small disk can be mounted here')
+    try:
+        error = run(repo, 'train.py', *TINY, '--n_embd=64', '--out_dir=small-disk/run', '--max_iters=1000', code=1)
+        assert 'no space left' in error and 'intact (5' in error and 'Traceback' not in error
+        for path in (disk / 'run').glob('checkpoints/*tmp*'):
+            shutil.rmtree(path)
+        subprocess.run(['mount', '-o', 'remount,size=20m', disk], check=True)
+        run(repo, 'train.py', '--init_from=resume', '--out_dir=small-disk/run', '--max_iters=12', '--device=cpu')
+        run(repo, 'train.py', *TINY, '--n_embd=64', '--out_dir=large-disk')
+        assert_same_run(disk / 'run', repo / 'large-disk')
+    finally:
+        subprocess.run(['umount', disk], check=True)
+
+
+def test_a_second_process_is_refused(repo):
+    process = start(repo, 'train.py', *TINY, '--out_dir=shared', '--max_iters=1000000')
+    for line in process.stdout:
+        if line.startswith('iter 3:'):
+            break
+    assert 'in use by another' in run(repo, 'train.py', '--init_from=resume', '--out_dir=shared', '--device=cpu', code=2)
+    process.kill()
+    process.communicate()
+
+
+def test_gradients_that_are_not_finite_end_the_run_and_spare_the_parameters(repo):
+    args = [*TINY, '--dtype=float16', '--learning_rate=1000.0', '--grad_clip=0.0', '--warmup_iters=0', '--decay_lr=False', '--max_skipped=7']
+    error = run(repo, 'train.py', *args, '--out_dir=exploded', '--max_iters=1000', code=1)
+    assert 'gradients of 7 iterations in a row' in error and len(error.splitlines()) == 1
+    assert log_of(repo / 'exploded')[-1]['skipped'] == '7'
+    error = run(repo, 'train.py', *args, '--out_dir=debugged', '--debug_nans=True', '--max_iters=1000', code=1)
+    assert 'FloatingPointError' in error and 'model.py' in error
+
+
+def test_float16_trains(repo):
+    out = run(repo, 'train.py', *TINY, '--dtype=float16', '--out_dir=half', '--max_iters=40', '--lr_decay_iters=40')
+    losses = [float(x) for x in re.findall(r'^step \d+: train loss (\S+),', out, re.MULTILINE)]
+    assert losses[-1] < losses[0] - 0.5
+
+
+# -----------------------------------------------------------------------------
 # data
 
 
@@ -319,3 +406,64 @@ def test_a_mistake_in_sampling_is_named(repo, args, message):
     (repo / 'latin1.txt').write_bytes('Grüße'.encode('latin-1'))
     error = run(repo, 'sample.py', '--out_dir=to-sample', '--device=cpu', *args, code=2)
     assert message in error.splitlines()[-1] and 'Traceback' not in error
+
+
+@pytest.fixture(scope='module')
+def finished(repo):
+    """A run of the tiny dataset, and datasets with one thing wrong in each."""
+    run(repo, 'train.py', *TINY, '--out_dir=finished', '--max_iters=5')
+    good = repo / 'data/tiny'
+    def broken(name, file, content):
+        shutil.copytree(good, repo / 'data' / name)
+        (repo / 'data' / name / file).write_bytes(content)
+    meta = json.loads((good / 'meta.json').read_text(encoding='utf-8'))
+    broken('odd', 'train.bin', b'123')
+    broken('empty', 'val.bin', b'')
+    broken('short', 'val.bin', bytes(32))
+    broken('outside', 'val.bin', (good / 'val.bin').read_bytes() + b'\xff\xff')
+    broken('not-json', 'meta.json', b'{')
+    broken('no-vocab', 'meta.json', json.dumps({'tokenizer': meta['tokenizer']}).encode())
+    broken('no-tokenizer', 'meta.json', json.dumps({'vocab_size': meta['vocab_size']}).encode())
+    broken('other', 'meta.json', json.dumps({'vocab_size': meta['vocab_size'] + 1, 'tokenizer': {
+        'kind': 'char', 'chars': meta['tokenizer']['chars'] + '~'}}).encode())
+    shutil.copytree(repo / 'finished', repo / 'no-checkpoint')
+    (repo / 'no-checkpoint/config.json').unlink()
+    return repo
+
+
+RESUME = ['--init_from=resume', '--out_dir=finished']
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--dataset=none'], "dataset = 'none' is not prepared: run python data/text/prepare.py YOUR_FILES --name=none"),
+    (['--dataset=shakespeare'], 'run python data/shakespeare/prepare.py'),
+    (['--dataset=odd'], 'train.bin holds 3 bytes'), (['--dataset=empty'], 'val.bin holds 0 bytes'),
+    (['--dataset=short'], 'more than block_size = 16'), (['--dataset=outside'], 'val.bin holds token 65535'),
+    (['--dataset=not-json'], 'meta.json is not a JSON object'), (['--dataset=no-vocab'], 'meta.json lacks'),
+    (['--dataset=no-tokenizer'], 'meta.json lacks'),
+    (['--n_head=3'], 'n_embd = 16 is not divisible by n_head = 3'), (['--n_layer=0'], 'n_layer = 0'), (['--n_layer=1000000'], 'n_layer'),
+    (['--n_embd=-16'], 'n_embd = -16'), (['--block_size=0'], 'block_size = 0'), (['--dropout=1.0'], 'dropout = 1.0'),
+    (['--dropout=-0.1'], 'dropout = -0.1'), (['--batch_size=0'], 'batch_size = 0'), (['--batch_size=10000000'], 'batch_size'),
+    (['--gradient_accumulation_steps=0'], 'gradient_accumulation_steps'), (['--max_iters=-1'], 'max_iters = -1'),
+    (['--eval_interval=0'], 'eval_interval = 0'), (['--log_interval=-5'], 'log_interval = -5'), (['--eval_iters=0'], 'eval_iters = 0'),
+    (['--learning_rate=-1.0'], 'learning_rate = -1.0'), (['--beta1=1.0'], 'beta1 = 1.0'), (['--seed=-1'], 'seed = -1'),
+    (['--dtype=float64'], "dtype = 'float64'"), (['--device=gpu'], "device = 'gpu'"), (['--mesh_tensor=3'], 'mesh_tensor = 3'),
+    (['--mesh_data=2'], 'mesh_data = 2'), (['--init_from=gpt5'], "init_from = 'gpt5'"), (['--init_from=resume'], 'nothing to resume'),
+    (['--init_from=resume', '--out_dir=no-checkpoint'], 'nothing to resume'), (['--out_dir=verse.txt/run'], 'verse.txt/run'),
+    ([*RESUME, '--n_layer=3'], 'n_layer = 3: the run in finished has n_layer = 2'), ([*RESUME, '--bias=True'], 'bias = True'),
+    ([*RESUME, '--dataset=other'], "dataset = 'other' has another vocabulary"), (['--out_dir=finished'], 'finished holds a run'),
+    (['--batch_size=1000000', '--block_size=200'], 'out of memory (a step needs'),
+])
+def test_a_mistake_in_training_is_named_before_anything_is_done(finished, args, message):
+    before = log_of(finished / 'finished')
+    resumes = '--out_dir=finished' in args and '--init_from=resume' in args
+    error = run(finished, 'train.py', *([] if resumes else TINY), '--out_dir=untouched', *args, code=2)
+    assert message in error and len(error.splitlines()) <= 2 and error.startswith('train.py: error: '), error
+    assert not (finished / 'untouched').exists() and log_of(finished / 'finished') == before
+
+
+def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(finished):
+    (finished / 'prompt.txt').write_text(ROMEO, encoding='utf-8')
+    process = start(finished, 'sample.py', '--out_dir=finished', '--start=FILE:prompt.txt', '--num_samples=1', '--max_new_tokens=5')
+    out, err = process.communicate(timeout=100)
+    assert out.startswith(ROMEO) and f'the prompt has {len(ROMEO)} tokens, of which the model sees the last 16' in err

@@ -8,7 +8,10 @@ Trains a GPT, on whatever devices JAX finds: a laptop's CPU, one GPU, eight, or 
     python sample.py --out_dir=out-shakespeare-char
 """
 import csv
+import errno
+import fcntl
 import json
+import logging
 import math
 import os
 import shutil
@@ -16,7 +19,9 @@ import signal
 import sys
 import time
 from dataclasses import asdict, fields
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 # -----------------------------------------------------------------------------
 # config: the values here train GPT-2 (124M) on OpenWebText
@@ -47,6 +52,7 @@ bias = False  # do we use biases in LayerNorms and Linears?
 # adamw optimizer
 learning_rate = 6e-4  # max learning rate
 max_iters = 600000
+max_skipped = 20  # stop after so many updates in a row whose gradients are not finite; each one is skipped
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
@@ -60,7 +66,8 @@ min_lr = 6e-5  # should be about learning_rate / 10 (Chinchilla)
 overwrite = False  # start from scratch even where out_dir holds a run
 seed = 1337
 device = ''  # 'cpu', 'gpu' or 'tpu'; '': the best that JAX finds
-dtype = ''  # of activations, 'float32' or 'bfloat16'; '': bfloat16 on GPU and TPU, float32 on CPU
+debug_nans = False  # stop at the operation that makes the first NaN, with a traceback; slow
+dtype = ''  # of activations: 'float32', 'bfloat16', or 'float16' with a dynamic loss scale; '': bfloat16 on GPU and TPU, float32 on CPU
 mesh_data = -1  # devices along the data axis; -1: all that are left
 mesh_tensor = 1  # devices that share each layer's matrices
 fsdp = False  # split parameters and optimizer state over the data axis too
@@ -74,18 +81,17 @@ import orbax.checkpoint as ocp
 from jax.sharding import AxisType
 from tqdm import tqdm
 
-from model import (GPTConfig, build, estimate_mfu, eval_starts, eval_step, find_devices, generate, get_lr, init_state, load,
-                   make_optimizer, micro_batches, num_params, shardings, tokenizer, train_starts, train_step)
+from model import (GPTConfig, build, compile_step, damage, estimate_mfu, eval_starts, eval_step, find_devices, generate, get_lr,
+                   init_state, load, make_optimizer, micro_batches, num_params, open_dataset, read_json, seal, shardings,
+                   tokenizer, train_starts, train_step)
 
 # -----------------------------------------------------------------------------
 # can this run be done?
 
-for key in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'mesh_tensor'):
-    if config[key] < 1:
-        fail(f'{key} = {config[key]}: must be at least 1')
-for key in ('sample_tokens', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'seed'):
-    if config[key] < 0:
-        fail(f'{key} = {config[key]}: must not be negative')
+check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6), sample_tokens=(0, 10**6), max_skipped=(1, 10**9),
+      gradient_accumulation_steps=(1, 10**6), batch_size=(1, 10**6), max_iters=(0, 10**12), warmup_iters=(0, 10**12),
+      lr_decay_iters=(0, 10**12), learning_rate=(0, 10**3), min_lr=(0, 10**3), weight_decay=(0, 10**3), beta1=(0, 0.999999),
+      beta2=(0, 0.999999), grad_clip=(0, 10**6), seed=(0, 2**32 - 1), mesh_data=(-1, 10**6), mesh_tensor=(1, 10**6))
 if init_from not in ('scratch', 'resume'):
     fail(f"init_from = {init_from!r}: must be 'scratch' or 'resume'")
 
@@ -94,22 +100,23 @@ run_file, best_file, log_file, plot_file, ckpt_dir = (
 if init_from == 'resume':
     if not os.path.exists(run_file):
         fail(f'nothing to resume: {out_dir} holds no run')
-    with open(run_file, encoding='utf-8') as f:
-        saved = json.load(f)
+    with refuse(ValueError):
+        saved = read_json(run_file)
     # the run keeps its settings, but for those that are given now and those that belong to the machine
-    own = given | {'out_dir', 'init_from', 'eval_only', 'overwrite', 'device', 'dtype', 'mesh_data', 'mesh_tensor', 'fsdp'}
+    own = given | {'out_dir', 'init_from', 'eval_only', 'overwrite', 'device', 'mesh_data', 'mesh_tensor', 'fsdp', 'debug_nans'}
     config |= {k: v for k, v in saved['config'].items() if k in config and k not in own}
     globals().update(config)
+    for key in given & set(saved['model_args']) - {'dropout', 'dtype'}:
+        if config[key] != saved['model_args'][key]:
+            fail(f'{key} = {config[key]}: the run in {out_dir} has {key} = {saved["model_args"][key]}, which cannot change')
 elif os.path.exists(run_file) and not (overwrite or eval_only):
     fail(f'{out_dir} holds a run: go on with it (--init_from=resume), replace it (--overwrite=True), or name another --out_dir')
 
 # -----------------------------------------------------------------------------
 # devices: one mesh, whatever there is
 
-try:
+with refuse(ValueError):
     devices = find_devices(device)
-except ValueError as e:
-    fail(e)
 mesh_data = len(devices) // mesh_tensor if mesh_data == -1 else mesh_data
 if mesh_data * mesh_tensor != len(devices):
     fail(f'mesh_data = {mesh_data} times mesh_tensor = {mesh_tensor} is not {len(devices)}, the number of devices')
@@ -120,23 +127,12 @@ dtype = dtype or ('float32' if devices[0].platform == 'cpu' else 'bfloat16')
 # data: a batch is a pure function of (seed, step), and the same on every mesh
 
 data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset)
-data, meta = {}, {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
-for split in ('train', 'val'):
-    path = os.path.join(data_dir, f'{split}.bin')
-    if not os.path.exists(path):
-        script = os.path.join(os.path.relpath(data_dir), 'prepare.py')
-        fail(f'dataset = {dataset!r} is not prepared: run python ' + (
-            script if os.path.exists(script) else f'data/text/prepare.py YOUR_FILES --name={dataset}'))
-    data[split] = np.memmap(path, '<u2', 'r')
-    if len(data[split]) <= block_size:
-        fail(f'{path} holds {len(data[split]):,} tokens: block_size = {block_size} needs more')
-if os.path.exists(os.path.join(data_dir, 'meta.json')):
-    with open(os.path.join(data_dir, 'meta.json'), encoding='utf-8') as f:
-        meta = json.load(f)
+with refuse(ValueError, OSError):
+    data, meta = open_dataset(os.path.relpath(data_dir), block_size)
+if init_from == 'resume' and any(meta[k] != saved[k] for k in ('vocab_size', 'tokenizer')):
+    fail(f'dataset = {dataset!r} has another vocabulary than the run in {out_dir}')
 # GPT-2's 50257 becomes 50304, a multiple of 64, for faster products: the rows that are too many are never a target
 vocab_size = -(-meta['vocab_size'] // 64) * 64 if meta['vocab_size'] > 1024 else meta['vocab_size']
-
-
 batch_shape = micro_batches(gradient_accumulation_steps * batch_size, batch_size, mesh_data)
 eval_shape = micro_batches(eval_iters * batch_size, batch_size, mesh_data)
 if not (batch_shape and eval_shape):
@@ -146,14 +142,48 @@ if not (batch_shape and eval_shape):
 # -----------------------------------------------------------------------------
 # model and optimizer: from scratch, or from the latest checkpoint
 
-try:
+with refuse(ValueError):
     model_config = GPTConfig(**{field.name: globals()[field.name] for field in fields(GPTConfig)})
-except ValueError as e:
-    fail(e)
 tx = make_optimizer(beta1, beta2, weight_decay, grad_clip)
 init = lambda: init_state(model_config, tx, seed)
 where = shardings(jax.eval_shape(init), mesh, fsdp)
+abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), where)
 
+def explain(e):
+    """What to do about an error that is not the program's, in one line; None if it is."""
+    if 'No space left' in str(e) or 'Disk quota' in str(e):
+        kept = ', '.join(map(str, sorted(ocp.utils.checkpoint_steps(ckpt_dir))))
+        return (f'no space left on the disk of {out_dir}; its earlier checkpoints are intact ({kept or "none yet"}). '
+                f'Make room, then python train.py --init_from=resume --out_dir={out_dir}')
+    if isinstance(e, MemoryError) or 'RESOURCE_EXHAUSTED' in str(e):
+        return (f'out of memory ({str(e).splitlines()[0]}): lower batch_size = {batch_size} (and raise gradient_accumulation_steps = '
+                f'{gradient_accumulation_steps} as much), block_size = {block_size} or the model; with several devices, --fsdp=True')
+
+
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+n_params = num_params(abstract['params'])
+print(f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh data={mesh_data} tensor={mesh_tensor}')
+print(f'number of parameters: {n_params / 1e6:.2f}M, activations in {dtype}')
+print(f'tokens per iteration will be: {tokens_per_iter:,}')
+if debug_nans:  # operation by operation, so that the traceback ends at the one
+    jax.config.update('jax_debug_nans', True)
+    jax.config.update('jax_disable_jit', True)
+    step = partial(train_step, config=model_config, tx=tx)
+elif not eval_only:
+    print('compiling the training step...', flush=True)
+    try:
+        step = compile_step(abstract, batch_shape, mesh, model_config, tx)
+    except (MemoryError, jax.errors.JaxRuntimeError) as e:
+        fail(explain(e) or e)
+
+if not eval_only:  # from here on out_dir is this process's own
+    with refuse(OSError):
+        os.makedirs(out_dir, exist_ok=True)
+        lock = open(os.path.join(out_dir, 'lock'), 'w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+    except BlockingIOError:
+        fail(f'out_dir = {out_dir!r} is in use by another training process')
 if init_from == 'scratch' and not eval_only:
     for path in (run_file, best_file, log_file, plot_file):
         if os.path.exists(path):
@@ -167,26 +197,38 @@ class Keep:
         return [c.step in (*sorted(c.step for c in checkpoints)[-2:], best_iter) for c in checkpoints]
 
 
+logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax raises its errors and also logs each with all its threads
 manager = ocp.CheckpointManager(ckpt_dir, options=ocp.CheckpointManagerOptions(
-    preservation_policy=Keep(), create=not eval_only, cleanup_tmp_directories=not eval_only))
+    preservation_policy=Keep(), create=not eval_only, cleanup_tmp_directories=not eval_only,
+    async_options=ocp.AsyncOptions(post_finalization_callback=lambda: seal(ckpt_dir))))
 
 progress = {'iter_num': 0, 'best_val_loss': 1e9, 'best_iter': None, 'wandb_id': None}
-if init_from == 'scratch' or manager.latest_step() is None:
-    print('Initializing a new model from scratch')
+steps = sorted(manager.all_steps()) if init_from == 'resume' else []
+while steps and (name := damage(Path(ckpt_dir, str(steps[-1])))):
+    print(f'warning: checkpoint {steps[-1]} is damaged ({name}), ' + (f'going on from {steps[-2]}' if steps[1:] else 'and there is no other'))
+    if not eval_only:
+        os.rename(os.path.join(ckpt_dir, str(steps[-1])), os.path.join(out_dir, f'damaged-{steps[-1]}-{time.time():.0f}'))
+        manager.reload()
+    steps.pop()
+    if not steps:
+        fail(f'no checkpoint in {ckpt_dir} can be read')
+if not steps:
+    print('Initializing a new model from scratch' + (' (the run was stopped before its first checkpoint)' * (init_from == 'resume')))
     state = jax.jit(init, out_shardings=where)()  # created where it stays: no device ever holds all of it
 else:
     print(f'Resuming training from {out_dir}')
-    rest = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), where)
-    params = rest.pop('params')
-    restored = manager.restore(manager.latest_step(), args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest), progress=ocp.args.JsonRestore()))
+    restored = manager.restore(steps[-1], args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(abstract.pop('params')), rest=ocp.args.StandardRestore(abstract),
+        progress=ocp.args.JsonRestore()))
     state, progress = {'params': restored['params'], **restored['rest']}, restored['progress']
-iter_num, best_val_loss, best_iter, wandb_id = progress.values()
+iter_num, best_val_loss, best_iter, wandb_id = (progress[k] for k in ('iter_num', 'best_val_loss', 'best_iter', 'wandb_id'))
 
 
 def save():
     """Hands the state to Orbax, which writes it while training goes on."""
     if iter_num not in manager.all_steps():
+        if shutil.disk_usage(ckpt_dir).free < sum(x.nbytes for x in jax.tree.leaves(state)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         progress = dict(iter_num=iter_num, best_val_loss=best_val_loss, best_iter=best_iter, wandb_id=wandb_id)
         manager.save(iter_num, args=ocp.args.Composite(
             params=ocp.args.StandardSave(state['params']), progress=ocp.args.JsonSave(progress),
@@ -203,9 +245,8 @@ def write(path, text):
 # -----------------------------------------------------------------------------
 # logging: terminal, log.csv, loss.png, wandb
 
-columns = ['iter', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'time_ms', 'tokens_per_s']
+columns = ['iter', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'skipped', 'time_ms', 'tokens_per_s']
 if not eval_only:
-    os.makedirs(out_dir, exist_ok=True)
     versions = {name: version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')}
     write(run_file, json.dumps({'config': config, 'model_args': asdict(model_config), **meta, 'versions': versions}, indent=1))
     # log.csv goes on in place: rows that the run is about to make again are dropped, and so is one that was cut off
@@ -253,20 +294,13 @@ def plot_log():
 # -----------------------------------------------------------------------------
 # the loop
 
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-n_params = num_params(state['params'])
-print(f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh data={mesh_data} tensor={mesh_tensor}')
-print(f'number of parameters: {n_params / 1e6:.2f}M, activations in {dtype}')
-print(f'tokens per iteration will be: {tokens_per_iter:,}')
-
-
 def estimate_loss():
     """Mean loss of each split over eval_iters batches, the same ones every time."""
     means = {}
     for split in ('train', 'val'):
         G, B = eval_shape
         parts = eval_starts(data[split], eval_shape, block_size).reshape(-1, math.gcd(G, 20), B)  # 20: enough for one call
-        means[split] = np.mean([float(eval_step(state['params'], load(data[split], part, block_size, mesh), model_config))
+        means[split] = np.mean([float(eval_step(state['params'], load(data[split], part, block_size, vocab_size, mesh), model_config))
                                 for part in tqdm(parts, f'evaluating on {split}', leave=False, disable=None)])
     return means
 
@@ -283,76 +317,86 @@ def show_sample():
 def report(n, lr, metrics):
     """Logs iteration n. It waits for its result, so it is called when the next iteration is already under way."""
     global last_time, running_mfu
-    loss, grad_norm = float(metrics['loss']), float(metrics['grad_norm'])
+    metrics = {k: float(v) for k, v in metrics.items()}
     dt, last_time = time.time() - last_time, time.time()
     mfu = estimate_mfu(model_config, n_params, tokens_per_iter / dt, devices)
     if mfu and n - first_iter >= 5:  # let the training loop settle a bit
         running_mfu = 0.9 * running_mfu + 0.1 * mfu if running_mfu else mfu
     bar.update(1)
     if n % log_interval == 0:
-        shown = f'{100 * running_mfu:.2f}%' if running_mfu else 'n/a'
-        say(f'iter {n}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {shown}, tok/s {tokens_per_iter / dt:,.0f}')
-        log_row(iter=n, loss=loss, lr=lr, grad_norm=grad_norm, time_ms=dt * 1000, tokens_per_s=tokens_per_iter / dt)
+        mfu, skipped = f'{100 * running_mfu:.2f}%' if running_mfu else 'n/a', int(metrics['skipped'])
+        say(f"iter {n}: loss {metrics['loss']:.4f}, time {dt * 1000:.2f}ms, mfu {mfu}, tok/s {tokens_per_iter / dt:,.0f}"
+            + f', skipped {skipped}' * (skipped > 0))
+        row = {k: v for k, v in metrics.items() if k in columns}
+        log_row(iter=n, lr=lr, time_ms=dt * 1000, tokens_per_s=tokens_per_iter / dt, **row)
+    if metrics['skipped_in_a_row'] >= max_skipped:
+        fail(f'the gradients of {max_skipped} iterations in a row, up to {n}, were not finite, and their updates were skipped. The '
+             f'checkpoints are good. Try a lower learning_rate, more warmup_iters, --dtype=float32, or --debug_nans=True to see where', code=1)
 
 
 caught = []  # a signal asks to stop: the iteration is finished, the state saved. A second one ends the process at once.
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda n, _: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
 
-print('compiling the first step...', flush=True)
 key = jax.random.key(seed)
 first_iter, start_time, last_time, running_mfu, pending = iter_num, time.time(), time.time(), None, None
 bar = tqdm(total=max_iters + 1, initial=iter_num, unit='it', disable=None, dynamic_ncols=True)
-while iter_num <= max_iters or eval_only:
+try:
+    while iter_num <= max_iters or eval_only:
 
-    # determine the learning rate for this iteration
-    lr = get_lr(iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr) if decay_lr else learning_rate
+        # determine the learning rate for this iteration
+        lr = get_lr(iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr) if decay_lr else learning_rate
 
-    # once in a while: save, evaluate the loss on train and val, and show what was learned
-    if iter_num % eval_interval == 0 or eval_only:
+        # once in a while: save, evaluate the loss on train and val, and show what was learned
+        if iter_num % eval_interval == 0 or eval_only:
+            if pending:
+                report(*pending)
+                pending = None
+            if always_save_checkpoint and iter_num > first_iter and not eval_only:
+                save()
+            losses = estimate_loss()
+            say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+            log_row(iter=iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
+            if wandb_log:
+                wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
+                           'mfu': 100 * (running_mfu or 0)}, step=iter_num)
+            if losses['val'] < best_val_loss and iter_num > 0 and not eval_only:
+                best_val_loss, best_iter = losses['val'], iter_num
+                save()
+                write(best_file, json.dumps({'iter': best_iter, 'val_loss': best_val_loss}))
+            if sample_tokens:
+                show_sample()
+            if eval_only:
+                break
+            plot_log()
+            last_time = time.time()
+
+        # every step: forward, backward, update; then, while the devices work on it, report on the step before
+        starts = train_starts(data['train'], batch_shape, block_size, seed, iter_num)
+        tokens = load(data['train'], starts, block_size, vocab_size, mesh)
+        state, metrics = step(state, tokens, lr, key)
         if pending:
             report(*pending)
-            pending = None
-        if always_save_checkpoint and iter_num > first_iter and not eval_only:
-            save()
-        losses = estimate_loss()
-        say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        log_row(iter=iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
-        if wandb_log:
-            wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
-                       'mfu': 100 * (running_mfu or 0)})
-        if losses['val'] < best_val_loss and iter_num > 0 and not eval_only:
-            best_val_loss, best_iter = losses['val'], iter_num
-            save()
-            write(best_file, json.dumps({'iter': best_iter, 'val_loss': best_val_loss}))
-        if sample_tokens:
-            show_sample()
-        if eval_only:
+        pending = iter_num, lr, metrics
+        iter_num += 1
+        if caught:
             break
-        plot_log()
-        last_time = time.time()
 
-    # every step: forward, backward, update; then, while the devices work on it, report on the step before
-    tokens = load(data['train'], train_starts(data['train'], batch_shape, block_size, seed, iter_num), block_size, mesh)
-    state, metrics = train_step(state, tokens, lr, key, model_config, tx)
+    # the end, or the end for now
     if pending:
         report(*pending)
-    pending = iter_num, lr, metrics
-    iter_num += 1
-    if caught:
-        break
+    bar.close()
+    if not eval_only:
+        say(f'saving checkpoint to {out_dir}')
+        save()
+        manager.wait_until_finished()
+        plot_log()
+except Exception as e:
+    bar.close()
+    if reason := explain(e):
+        fail(reason, code=1)
+    raise
 
-# -----------------------------------------------------------------------------
-# the end, or the end for now
-
-if pending:
-    report(*pending)
-bar.close()
-if not eval_only:
-    say(f'saving checkpoint to {out_dir}')
-    save()
-    manager.wait_until_finished()
-    plot_log()
 seconds, done = time.time() - start_time, iter_num - first_iter
 say(f'{done:,} iterations in {seconds:.1f}s, {done * tokens_per_iter:,} tokens, {done * tokens_per_iter / seconds:,.0f} tokens/s')
 if best_iter:
