@@ -11,7 +11,6 @@ References:
 2) OpenAI's GPT-2: https://github.com/openai/gpt-2/blob/master/src/model.py
 """
 import functools
-import hashlib
 import json
 import math
 import os
@@ -289,7 +288,10 @@ def open_dataset(folder, block_size):
     folder, data = Path(folder), {}
     meta = {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
     if (folder / 'meta.json').exists():
-        meta = read_json(folder / 'meta.json')
+        try:
+            meta = dict(json.loads((folder / 'meta.json').read_text(encoding='utf-8')))
+        except (ValueError, TypeError):
+            raise ValueError(f'{folder}/meta.json is not a JSON object') from None
         kind, chars = meta.get('tokenizer', {}).get('kind'), meta.get('tokenizer', {}).get('chars', '')
         if type(meta.get('vocab_size')) is not int or not (kind == 'char' and len(chars) == meta['vocab_size'] or
                                                            kind == 'tiktoken' and 'name' in meta['tokenizer']):
@@ -306,17 +308,6 @@ def open_dataset(folder, block_size):
         if (highest := int(data[split][:10**8].max())) >= meta['vocab_size']:  # more of it would take a while; load() looks too
             raise ValueError(f'{path} holds token {highest}, but the vocabulary has {meta["vocab_size"]}; prepare the dataset again')
     return data, meta
-
-
-def read_json(path):
-    """What a JSON file holds, a dict. Raises ValueError if it is not that."""
-    try:
-        value = json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f'{path} is not a JSON object')
-    return value
 
 
 def micro_batches(n, batch_size, n_devices):
@@ -508,74 +499,3 @@ def generate(model, idx, max_new_tokens, **how):
     early repeat it until the last row is done."""
     idx = jnp.asarray(idx, jnp.int32)
     return jnp.concatenate([idx, *stream(model, idx, max_new_tokens, **how)], axis=1)
-
-
-# -----------------------------------------------------------------------------
-# run directories and text
-
-
-def file_sums(checkpoint):
-    """SHA-256 of every file of a checkpoint's items, by name."""
-    return {path.relative_to(checkpoint).as_posix(): hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()
-            for path in sorted(checkpoint.glob('*/**/*')) if path.is_file()}
-
-
-def seal(checkpoints):
-    """Notes the sums of checkpoints that have none: Orbax does not notice every damage, a flipped bit for one. Called
-    when Orbax has written all files of a checkpoint and not yet given it its name."""
-    for folder in Path(checkpoints).iterdir():
-        if folder.is_dir() and not (folder / 'sha256.json').exists():
-            (folder / 'sha256.json').write_text(json.dumps(file_sums(folder)))
-
-
-def damage(checkpoint):
-    """The name of a file that is not what it was when the checkpoint was sealed, or None."""
-    try:
-        noted, there = read_json(checkpoint / 'sha256.json'), file_sums(checkpoint)
-    except (ValueError, OSError):
-        return 'sha256.json'
-    return next((name for name in noted if there.get(name) != noted[name]), None)
-
-
-def load_run(out_dir, checkpoint='best', **changes):
-    """The model of a run directory, from its best or its latest checkpoint; `changes` to its GPTConfig, such as dtype.
-    Raises ValueError where there is none that can be read."""
-    import orbax.checkpoint as ocp  # here, because only a run directory needs it
-    out_dir = Path(out_dir).absolute()
-    config = GPTConfig(**read_json(out_dir / 'config.json')['model_args'] | changes)
-    steps = ocp.utils.checkpoint_steps(out_dir / 'checkpoints') if (out_dir / 'checkpoints').exists() else []
-    if not steps:
-        raise ValueError(f'{out_dir} holds no checkpoint yet')
-    step = max(steps)
-    if checkpoint == 'best' and (out_dir / 'best.json').exists():
-        best = read_json(out_dir / 'best.json')['iter']
-        step = best if best in steps else step
-    folder = out_dir / 'checkpoints' / str(step)
-    if name := damage(folder):
-        raise ValueError(f'{folder} is damaged ({name}); there are checkpoints {steps}, and the keys --checkpoint=best and =latest')
-    params = jax.eval_shape(lambda: init_params(config, 0))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params)
-    return build(config, ocp.StandardCheckpointer().restore(folder / 'params', params))
-
-
-def tokenizer(meta):
-    """encode(text) -> ids, decode(ids) -> text, and the id of <|endoftext|> or None, for the tokenizer that a
-    meta.json describes. encode raises ValueError naming the characters that it does not know; so does
-    a vocabulary that cannot be downloaded."""
-    if meta['kind'] == 'char':
-        chars = meta['chars']
-        id_of = {c: i for i, c in enumerate(chars)}
-
-        def encode(text):
-            if unknown := ''.join(sorted(set(text) - set(chars))):
-                raise ValueError(f'the tokenizer does not know {unknown!r}; it knows {chars!r}')
-            return [id_of[c] for c in text]
-
-        return encode, lambda ids: ''.join(chars[i] for i in ids), None
-    import tiktoken
-    try:
-        enc = tiktoken.get_encoding(meta['name'])
-    except Exception as e:  # requests' errors, or a damaged cache
-        raise ValueError(f'no {meta["name"]} vocabulary ({type(e).__name__}): README.md, troubleshooting, has what to do') from None
-    return functools.partial(enc.encode, allowed_special={'<|endoftext|>'}), enc.decode, enc.eot_token

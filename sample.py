@@ -35,7 +35,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from model import find_devices, load_run, read_json, stream, tokenizer
+from model import find_devices, stream
+from rundir import load_run, read_json, tokenizer
 
 with refuse(ValueError):
     find_devices(device)

@@ -14,8 +14,9 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from model import (GPT, GPTConfig, build, estimate_mfu, eval_starts, eval_step, generate, get_lr, init_params, init_state, load,
-                   loss_fn, make_optimizer, micro_batches, num_params, pick, stream, tokenizer, train_starts, train_step)
+from model import (GPTConfig, build, estimate_mfu, eval_starts, eval_step, generate, get_lr, init_params, init_state, load,
+                   loss_fn, make_optimizer, micro_batches, num_params, pick, stream, train_starts, train_step)
+from rundir import tokenizer
 
 TINY = GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=32, bias=True)
 KEY = jax.random.key(0)

@@ -11,14 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from model import GPTConfig, load_run
+from model import GPTConfig
+from rundir import load_run
 
 HERE = Path(__file__).resolve().parent
 TINY = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4',
@@ -31,7 +31,7 @@ ROMEO = 'But, soft! what light through yonder window breaks?\nIt is the east, an
 def repo(tmp_path_factory):
     """A copy of the repository with a prepared dataset, `tiny`."""
     repo = tmp_path_factory.mktemp('repo')
-    for name in ('train.py', 'model.py', 'sample.py', 'configurator.py'):
+    for name in ('train.py', 'model.py', 'rundir.py', 'sample.py', 'configurator.py'):
         shutil.copy(HERE / name, repo)
     shutil.copytree(HERE / 'config', repo / 'config')
     for prepare in (HERE / 'data').glob('*/prepare.py'):

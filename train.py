@@ -7,21 +7,15 @@ Trains a GPT, on whatever devices JAX finds: a laptop's CPU, one GPU, eight, or 
     python train.py --init_from=resume --out_dir=out-shakespeare-char     # go on where a run stopped
     python sample.py --out_dir=out-shakespeare-char
 """
-import csv
-import errno
-import fcntl
 import json
-import logging
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, fields
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 # -----------------------------------------------------------------------------
 # config: the values here train GPT-2 (124M) on OpenWebText
@@ -77,13 +71,12 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import AxisType
 from tqdm import tqdm
 
-from model import (GPTConfig, build, compile_step, damage, estimate_mfu, eval_starts, eval_step, find_devices, generate, get_lr,
-                   init_state, load, make_optimizer, micro_batches, num_params, open_dataset, read_json, seal, shardings,
-                   tokenizer, train_starts, train_step)
+from model import (GPTConfig, build, compile_step, estimate_mfu, eval_starts, eval_step, find_devices, generate, get_lr,
+                   init_state, load, make_optimizer, micro_batches, num_params, open_dataset, shardings, train_starts, train_step)
+from rundir import Checkpoints, Log, clear, read_json, take, tokenizer, write
 
 # -----------------------------------------------------------------------------
 # can this run be done?
@@ -95,8 +88,7 @@ check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6), 
 if init_from not in ('scratch', 'resume'):
     fail(f"init_from = {init_from!r}: must be 'scratch' or 'resume'")
 
-run_file, best_file, log_file, plot_file, ckpt_dir = (
-    os.path.abspath(os.path.join(out_dir, name)) for name in ('config.json', 'best.json', 'log.csv', 'loss.png', 'checkpoints'))
+run_file, best_file = os.path.join(out_dir, 'config.json'), os.path.join(out_dir, 'best.json')
 if init_from == 'resume':
     if not os.path.exists(run_file):
         fail(f'nothing to resume: {out_dir} holds no run')
@@ -111,6 +103,17 @@ if init_from == 'resume':
             fail(f'{key} = {config[key]}: the run in {out_dir} has {key} = {saved["model_args"][key]}, which cannot change')
 elif os.path.exists(run_file) and not (overwrite or eval_only):
     fail(f'{out_dir} holds a run: go on with it (--init_from=resume), replace it (--overwrite=True), or name another --out_dir')
+
+def explain(e):
+    """What to do about an error that is not the program's, in one line; None if it is."""
+    if 'No space left' in str(e) or 'Disk quota' in str(e):
+        kept = ', '.join(map(str, sorted(checkpoints.manager.all_steps())))
+        return (f'no space left on the disk of {out_dir}; its earlier checkpoints are intact ({kept or "none yet"}). '
+                f'Make room, then python train.py --init_from=resume --out_dir={out_dir}')
+    if isinstance(e, MemoryError) or 'RESOURCE_EXHAUSTED' in str(e):
+        return (f'out of memory ({str(e).splitlines()[0]}): lower batch_size = {batch_size} (and raise gradient_accumulation_steps = '
+                f'{gradient_accumulation_steps} as much), block_size = {block_size} or the model; with several devices, --fsdp=True')
+
 
 # -----------------------------------------------------------------------------
 # devices: one mesh, whatever there is
@@ -149,17 +152,6 @@ init = lambda: init_state(model_config, tx, seed)
 where = shardings(jax.eval_shape(init), mesh, fsdp)
 abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), where)
 
-def explain(e):
-    """What to do about an error that is not the program's, in one line; None if it is."""
-    if 'No space left' in str(e) or 'Disk quota' in str(e):
-        kept = ', '.join(map(str, sorted(ocp.utils.checkpoint_steps(ckpt_dir))))
-        return (f'no space left on the disk of {out_dir}; its earlier checkpoints are intact ({kept or "none yet"}). '
-                f'Make room, then python train.py --init_from=resume --out_dir={out_dir}')
-    if isinstance(e, MemoryError) or 'RESOURCE_EXHAUSTED' in str(e):
-        return (f'out of memory ({str(e).splitlines()[0]}): lower batch_size = {batch_size} (and raise gradient_accumulation_steps = '
-                f'{gradient_accumulation_steps} as much), block_size = {block_size} or the model; with several devices, --fsdp=True')
-
-
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 n_params = num_params(abstract['params'])
 print(f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh data={mesh_data} tensor={mesh_tensor}')
@@ -176,86 +168,37 @@ elif not eval_only:
     except (MemoryError, jax.errors.JaxRuntimeError) as e:
         fail(explain(e) or e)
 
-if not eval_only:  # from here on out_dir is this process's own
-    with refuse(OSError):
-        os.makedirs(out_dir, exist_ok=True)
-        lock = open(os.path.join(out_dir, 'lock'), 'w')
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-    except BlockingIOError:
-        fail(f'out_dir = {out_dir!r} is in use by another training process')
-if init_from == 'scratch' and not eval_only:
-    for path in (run_file, best_file, log_file, plot_file):
-        if os.path.exists(path):
-            os.remove(path)
-    shutil.rmtree(ckpt_dir, ignore_errors=True)
-
-
-class Keep:
-    """The checkpoints that stay: the latest two, and the best."""
-    def should_preserve(self, checkpoints, *, context):
-        return [c.step in (*sorted(c.step for c in checkpoints)[-2:], best_iter) for c in checkpoints]
-
-
-logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax raises its errors and also logs each with all its threads
-manager = ocp.CheckpointManager(ckpt_dir, options=ocp.CheckpointManagerOptions(
-    preservation_policy=Keep(), create=not eval_only, cleanup_tmp_directories=not eval_only,
-    async_options=ocp.AsyncOptions(post_finalization_callback=lambda: seal(ckpt_dir))))
-
-progress = {'iter_num': 0, 'best_val_loss': 1e9, 'best_iter': None, 'wandb_id': None}
-steps = sorted(manager.all_steps()) if init_from == 'resume' else []
-while steps and (name := damage(Path(ckpt_dir, str(steps[-1])))):
-    print(f'warning: checkpoint {steps[-1]} is damaged ({name}), ' + (f'going on from {steps[-2]}' if steps[1:] else 'and there is no other'))
-    if not eval_only:
-        os.rename(os.path.join(ckpt_dir, str(steps[-1])), os.path.join(out_dir, f'damaged-{steps[-1]}-{time.time():.0f}'))
-        manager.reload()
-    steps.pop()
-    if not steps:
-        fail(f'no checkpoint in {ckpt_dir} can be read')
-if not steps:
-    print('Initializing a new model from scratch' + (' (the run was stopped before its first checkpoint)' * (init_from == 'resume')))
-    state = jax.jit(init, out_shardings=where)()  # created where it stays: no device ever holds all of it
-else:
+if not eval_only:  # everything is as it should be: from here on out_dir is this process's own
+    with refuse(ValueError, OSError):
+        lock = take(out_dir)
+    if init_from == 'scratch':
+        clear(out_dir)
+checkpoints = Checkpoints(out_dir, read_only=eval_only)
+with refuse(ValueError):
+    found = checkpoints.restore(abstract) if init_from == 'resume' else None
+if found:
     print(f'Resuming training from {out_dir}')
-    restored = manager.restore(steps[-1], args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(abstract.pop('params')), rest=ocp.args.StandardRestore(abstract),
-        progress=ocp.args.JsonRestore()))
-    state, progress = {'params': restored['params'], **restored['rest']}, restored['progress']
+    state, progress = found
+else:
+    print('Initializing a new model from scratch' + ' (the run was stopped before its first checkpoint)' * (init_from == 'resume'))
+    state = jax.jit(init, out_shardings=where)()  # created where it stays: no device ever holds all of it
+    progress = dict(iter_num=0, best_val_loss=1e9, best_iter=None, wandb_id=None)
 iter_num, best_val_loss, best_iter, wandb_id = (progress[k] for k in ('iter_num', 'best_val_loss', 'best_iter', 'wandb_id'))
+checkpoints.best = best_iter
 
 
 def save():
-    """Hands the state to Orbax, which writes it while training goes on."""
-    if iter_num not in manager.all_steps():
-        if shutil.disk_usage(ckpt_dir).free < sum(x.nbytes for x in jax.tree.leaves(state)):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        progress = dict(iter_num=iter_num, best_val_loss=best_val_loss, best_iter=best_iter, wandb_id=wandb_id)
-        manager.save(iter_num, args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state['params']), progress=ocp.args.JsonSave(progress),
-            rest=ocp.args.StandardSave({k: v for k, v in state.items() if k != 'params'})))
-
-
-def write(path, text):
-    """Replaces a file at once, or not at all."""
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        f.write(text)
-    os.replace(path + '.tmp', path)
+    progress = dict(iter_num=iter_num, best_val_loss=best_val_loss, best_iter=best_iter, wandb_id=wandb_id)
+    checkpoints.save(iter_num, state, progress)
 
 
 # -----------------------------------------------------------------------------
 # logging: terminal, log.csv, loss.png, wandb
 
-columns = ['iter', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'skipped', 'time_ms', 'tokens_per_s']
 if not eval_only:
     versions = {name: version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')}
     write(run_file, json.dumps({'config': config, 'model_args': asdict(model_config), **meta, 'versions': versions}, indent=1))
-    # log.csv goes on in place: rows that the run is about to make again are dropped, and so is one that was cut off
-    lines = [','.join(columns) + '\n']
-    if iter_num > 0 and os.path.exists(log_file):
-        with open(log_file, encoding='utf-8') as f:
-            lines += [x for x in f if x.endswith('\n') and x[0].isdigit() and int(x.split(',')[0]) < iter_num]
-    write(log_file, ''.join(lines))
-    log_csv = open(log_file, 'a', buffering=1, encoding='utf-8')
+    log = Log(out_dir, iter_num)
 if wandb_log:
     import wandb
     wandb_id = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume='allow').id
@@ -264,31 +207,6 @@ if wandb_log:
 def say(text):
     tqdm.write(text)  # to stdout, without tearing the bar on stderr
     sys.stdout.flush()
-
-
-def log_row(**row):
-    if not eval_only:
-        log_csv.write(','.join(f'{row[c]:.7g}' if c in row else '' for c in columns) + '\n')
-
-
-def plot_log():
-    """Draws log.csv as loss.png."""
-    from matplotlib.figure import Figure  # without pyplot there is no window system to look for
-    log = np.genfromtxt(log_file, delimiter=',', names=True, ndmin=1)
-    figure = Figure(figsize=(8, 5), layout='constrained')
-    top, bottom = figure.subplots(2, sharex=True, height_ratios=[4, 1])
-    for name, style in (('loss', dict(color='tab:blue', alpha=0.3, label='batch')),
-                        ('train_loss', dict(color='tab:blue', marker='.', label='train')),
-                        ('val_loss', dict(color='tab:orange', marker='.', label='val'))):
-        there = ~np.isnan(log[name])
-        top.plot(log['iter'][there], log[name][there], **style)
-    bottom.plot(log['iter'], log['lr'], color='tab:gray')
-    top.set(ylabel='loss', title=out_dir)
-    top.legend()
-    top.grid(alpha=0.3)
-    bottom.set(xlabel='iteration', ylabel='learning rate')
-    figure.savefig(plot_file + '.tmp', format='png', dpi=100)
-    os.replace(plot_file + '.tmp', plot_file)
 
 
 # -----------------------------------------------------------------------------
@@ -327,8 +245,8 @@ def report(n, lr, metrics):
         mfu, skipped = f'{100 * running_mfu:.2f}%' if running_mfu else 'n/a', int(metrics['skipped'])
         say(f"iter {n}: loss {metrics['loss']:.4f}, time {dt * 1000:.2f}ms, mfu {mfu}, tok/s {tokens_per_iter / dt:,.0f}"
             + f', skipped {skipped}' * (skipped > 0))
-        row = {k: v for k, v in metrics.items() if k in columns}
-        log_row(iter=n, lr=lr, time_ms=dt * 1000, tokens_per_s=tokens_per_iter / dt, **row)
+        row = {k: v for k, v in metrics.items() if k in log.columns}
+        log.row(iter=n, lr=lr, time_ms=dt * 1000, tokens_per_s=tokens_per_iter / dt, **row)
     if metrics['skipped_in_a_row'] >= max_skipped:
         fail(f'the gradients of {max_skipped} iterations in a row, up to {n}, were not finite, and their updates were skipped. The '
              f'checkpoints are good. Try a lower learning_rate, more warmup_iters, --dtype=float32, or --debug_nans=True to see where', code=1)
@@ -356,19 +274,20 @@ try:
                 save()
             losses = estimate_loss()
             say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-            log_row(iter=iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
             if wandb_log:
                 wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
                            'mfu': 100 * (running_mfu or 0)}, step=iter_num)
-            if losses['val'] < best_val_loss and iter_num > 0 and not eval_only:
-                best_val_loss, best_iter = losses['val'], iter_num
-                save()
-                write(best_file, json.dumps({'iter': best_iter, 'val_loss': best_val_loss}))
             if sample_tokens:
                 show_sample()
             if eval_only:
                 break
-            plot_log()
+            log.row(iter=iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
+            log.plot()
+            if losses['val'] < best_val_loss and iter_num > 0:
+                best_val_loss, best_iter = losses['val'], iter_num
+                checkpoints.best = best_iter
+                save()
+                write(best_file, json.dumps({'iter': best_iter, 'val_loss': best_val_loss}))
             last_time = time.time()
 
         # every step: forward, backward, update; then, while the devices work on it, report on the step before
@@ -389,8 +308,8 @@ try:
     if not eval_only:
         say(f'saving checkpoint to {out_dir}')
         save()
-        manager.wait_until_finished()
-        plot_log()
+        checkpoints.manager.wait_until_finished()
+        log.plot()
 except Exception as e:
     bar.close()
     if reason := explain(e):
