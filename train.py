@@ -257,7 +257,9 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda n, _: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
 
 key = jax.random.key(seed)
-first_iter, start_time, last_time, running_mfu, pending = iter_num, time.time(), time.time(), None, None
+first_iter, running_mfu, pending = iter_num, None, None
+start_time = last_time = time.time()
+last_plot = 0
 bar = tqdm(total=max_iters + 1, initial=iter_num, unit='it', disable=None, dynamic_ncols=True)
 try:
     while iter_num <= max_iters or eval_only:
@@ -282,7 +284,9 @@ try:
             if eval_only:
                 break
             log.row(iter=iter_num, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
-            log.plot()
+            if time.time() - last_plot > 10:  # a picture takes as long as some iterations
+                log.plot()
+                last_plot = time.time()
             if losses['val'] < best_val_loss and iter_num > 0:
                 best_val_loss, best_iter = losses['val'], iter_num
                 checkpoints.best = best_iter
