@@ -37,7 +37,7 @@ def tiny_model():
     """TINY with parameters large enough that attention and biases matter."""
     params = init_params(TINY, 0)
     noise = np.random.default_rng(1)
-    return build(TINY, jax.tree.map(lambda x: x + 0.2 * noise.standard_normal(x.shape, np.float32), params))
+    return build(TINY, jax.tree.map(lambda x: x + 0.4 * noise.standard_normal(x.shape, np.float32), params))
 
 
 def params_of(model):
@@ -150,6 +150,14 @@ def test_dropout_depends_on_the_key_alone_and_keeps_the_mean():
     assert abs((y == 0).mean() - 0.2) < 0.01 and abs(y.mean() - 1) < 0.01
 
 
+def test_dropout_is_another_one_at_each_step_and_micro_batch():
+    config, tx = dataclasses.replace(TINY, dropout=0.5), make_optimizer(0.9, 0.99, 0.0, 1.0)
+    row = tokens(1, 1, 17)
+    loss = lambda step, batch: float(train_step(init_state(config, tx, 0) | {'step': jnp.int32(step)}, batch, 0.0, KEY, config, tx)[1]['loss'])
+    assert loss(3, row) == loss(3, row) != loss(4, row)
+    assert loss(3, row) != loss(3, row.repeat(2, axis=0))
+
+
 def test_bfloat16_is_close_to_float32():
     half = build(dataclasses.replace(TINY, dtype='bfloat16'), params_of(tiny_model()))
     idx = tokens(2, 16)
@@ -219,7 +227,7 @@ def test_the_step_compiles_once():
 
 
 def test_gradients_are_clipped_by_their_global_norm_and_only_matrices_decay():
-    params = init_params(TINY, 0)
+    params = jax.tree.map(jnp.ones_like, init_params(TINY, 0))
     grads = jax.tree.map(jnp.zeros_like, params)
     tx = make_optimizer(0.9, 0.99, 0.1, 1.0)
     decayed = tx.update(grads, tx.init(params), params)[0]
@@ -335,7 +343,15 @@ def test_text_goes_on_beyond_the_context():
     want = greedy_without_cache(tiny_model(), idx, 13)
     while want.shape[1] < 44:
         want = np.concatenate([want, greedy_without_cache(tiny_model(), want[:, -8:], 9)[:, 8:]], axis=1)
-    assert (out == want[:, :44]).all()
+    assert (out == want[:, :44]).all() and len(np.unique(out[0, 4:])) > 4
+
+
+def test_every_token_is_drawn_with_a_key_of_its_own():
+    """A model that knows nothing draws from noise alone: the noise of one window must not come again in the next."""
+    blank = build(TINY, jax.tree.map(jnp.zeros_like, params_of(tiny_model())))
+    out = np.asarray(generate(blank, tokens(1, 8), 36, key=KEY))[0, 8:]
+    windows = out[:9], out[9:18], out[18:27], out[27:36]  # each is made from position 8 on
+    assert all((a != b).mean() > 0.5 for i, a in enumerate(windows) for b in windows[:i])
 
 
 def test_a_long_prompt_is_cut_to_its_end():

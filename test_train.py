@@ -101,8 +101,9 @@ def test_prepare_train_resume_and_sample(repo):
 def test_resuming_changes_nothing(repo):
     run(repo, 'train.py', *TINY, '--out_dir=whole')
     run(repo, 'train.py', *TINY, '--out_dir=parts', '--max_iters=3')  # ends between two evaluations
-    run(repo, 'train.py', '--init_from=resume', '--out_dir=parts', '--max_iters=9', '--device=cpu')  # ends before one
-    run(repo, 'train.py', '--init_from=resume', '--out_dir=parts', '--max_iters=12', '--device=cpu')
+    for first, last in ((4, 9), (10, 12)):  # ends before an evaluation, and begins with one
+        out = run(repo, 'train.py', '--init_from=resume', '--out_dir=parts', f'--max_iters={last}', '--device=cpu')
+        assert [int(n) for n in re.findall(r'^iter (\d+)', out, re.MULTILINE)] == list(range(first, last + 1))
     assert_same_run(repo / 'whole', repo / 'parts')
 
 
@@ -131,6 +132,15 @@ def test_a_new_run_does_not_replace_an_old_one(repo):
     assert (repo / 'mine/log.csv').read_text() == before
     run(repo, 'train.py', *TINY, '--out_dir=mine', '--overwrite=True', '--max_iters=2')
     assert (repo / 'mine/log.csv').read_text() != before
+
+
+def test_the_log_forgets_what_a_resumed_run_does_again(repo):
+    run(repo, 'train.py', *TINY, '--out_dir=again')
+    shutil.rmtree(repo / 'again/checkpoints/13')
+    with open(repo / 'again/log.csv', 'a') as f:
+        f.write('13,2.')  # cut off by a crash
+    run(repo, 'train.py', '--init_from=resume', '--out_dir=again', '--device=cpu')
+    assert [row['iter'] for row in log_of(repo / 'again')] == [str(n) for n in sorted([*range(13), 0, 5, 10])]
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
