@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -143,6 +144,20 @@ def test_the_log_forgets_what_a_resumed_run_does_again(repo):
     assert [row['iter'] for row in log_of(repo / 'again')] == [str(n) for n in sorted([*range(13), 0, 5, 10])]
 
 
+def test_ctrl_c_does_not_wait_for_an_evaluation(repo):
+    process = start(repo, 'train.py', *TINY, '--out_dir=long-evaluation', '--eval_iters=1000000', '--max_iters=3')
+    for line in process.stdout:
+        if line.startswith('Initializing'):
+            break
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'step 0' not in out, out + err
+    run(repo, 'train.py', '--init_from=resume', '--out_dir=long-evaluation', '--eval_iters=4', '--device=cpu')
+    run(repo, 'train.py', *TINY, '--out_dir=short-evaluation', '--max_iters=3')
+    assert_same_run(repo / 'long-evaluation', repo / 'short-evaluation')
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_saving_it(repo, number):
     out_dir = repo / f'signal{number}'
@@ -175,9 +190,11 @@ def test_kill_9_at_any_moment_loses_nothing(repo):
     rng, out_dir, rounds = np.random.default_rng(0), repo / 'killed', int(os.environ.get('KILL_ROUNDS', 3))
     args = [*TINY, '--n_embd=64', '--eval_iters=1', '--lr_decay_iters=1000']
     killed_while_saving = 0
-    for _ in range(rounds):
+    for n in range(rounds):
         begun = (out_dir / 'config.json').exists()  # a run that was killed before it began begins again
         process = start(repo, 'train.py', *(['--init_from=resume'] if begun else args), f'--out_dir={out_dir}', '--max_iters=1000000', '--device=cpu')
+        while n == 0 and not process.stdout.readline().startswith('iter 12:'):
+            pass  # the first time, wherever this runs, it gets as far as some checkpoints
         try:
             out, err = process.communicate(timeout=rng.uniform(1, 8))
         except subprocess.TimeoutExpired:

@@ -177,10 +177,10 @@ checkpoints = Checkpoints(out_dir, read_only=eval_only)
 with refuse(ValueError):
     found = checkpoints.restore(abstract) if init_from == 'resume' else None
 if found:
-    print(f'Resuming training from {out_dir}')
+    print(f'Resuming training from {out_dir}', flush=True)
     state, progress = found
 else:
-    print('Initializing a new model from scratch' + ' (the run was stopped before its first checkpoint)' * (init_from == 'resume'))
+    print('Initializing a new model from scratch' + ' (the run was stopped before its first checkpoint)' * (init_from == 'resume'), flush=True)
     state = jax.jit(init, out_shardings=where)()  # created where it stays: no device ever holds all of it
     progress = dict(iter_num=0, best_val_loss=1e9, best_iter=None, wandb_id=None)
 iter_num, best_val_loss, best_iter, wandb_id = (progress[k] for k in ('iter_num', 'best_val_loss', 'best_iter', 'wandb_id'))
@@ -218,8 +218,12 @@ def estimate_loss():
     for split in ('train', 'val'):
         G, B = eval_shape
         parts = eval_starts(data[split], eval_shape, block_size).reshape(-1, math.gcd(G, 20), B)  # 20: enough for one call
-        means[split] = np.mean([float(eval_step(state['params'], load(data[split], part, block_size, vocab_size, mesh), model_config))
-                                for part in tqdm(parts, f'evaluating on {split}', leave=False, disable=None)])
+        losses = []
+        for part in tqdm(parts, f'evaluating on {split}', leave=False, disable=None):
+            if caught:  # asked to stop: on resuming, the evaluation is made anew
+                return None
+            losses.append(float(eval_step(state['params'], load(data[split], part, block_size, vocab_size, mesh), model_config)))
+        means[split] = np.mean(losses)
     return means
 
 
@@ -275,6 +279,8 @@ try:
             if always_save_checkpoint and iter_num > first_iter and not eval_only:
                 save()
             losses = estimate_loss()
+            if losses is None:
+                break
             say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
             if wandb_log:
                 wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
