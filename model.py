@@ -282,16 +282,24 @@ def shardings(state, mesh, fsdp=False):
 # data, and batches: pure functions of (seed, step), the same sequences on every mesh
 
 
+def read_json(path):
+    """What a JSON file holds, a dict. Raises ValueError if it is not that."""
+    try:
+        value = json.loads(Path(path).read_text(encoding='utf-8'))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f'{path} is not a JSON object')
+    return value
+
+
 def open_dataset(folder, block_size):
     """({'train': tokens, 'val': tokens}, meta) of a dataset's folder, memory-mapped. Raises ValueError saying what is
     wrong with it: files that are missing, cut off or too short, or tokens outside the vocabulary."""
     folder, data = Path(folder), {}
     meta = {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
     if (folder / 'meta.json').exists():
-        try:
-            meta = dict(json.loads((folder / 'meta.json').read_text(encoding='utf-8')))
-        except (ValueError, TypeError):
-            raise ValueError(f'{folder}/meta.json is not a JSON object') from None
+        meta = read_json(folder / 'meta.json')
         kind, chars = meta.get('tokenizer', {}).get('kind'), meta.get('tokenizer', {}).get('chars', '')
         if type(meta.get('vocab_size')) is not int or not (kind == 'char' and len(chars) == meta['vocab_size'] or
                                                            kind == 'tiktoken' and 'name' in meta['tokenizer']):

@@ -23,18 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from model import GPTConfig, build, init_params
-
-
-def read_json(path):
-    """What a JSON file holds, a dict. Raises ValueError if it is not that."""
-    try:
-        value = json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f'{path} is not a JSON object')
-    return value
+from model import GPTConfig, build, init_params, read_json
 
 
 def write(path, text):

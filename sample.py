@@ -35,8 +35,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from model import find_devices, stream
-from rundir import load_run, read_json, tokenizer
+from model import find_devices, read_json, stream
+from rundir import load_run, tokenizer
 
 with refuse(ValueError):
     find_devices(device)

@@ -75,8 +75,9 @@ from jax.sharding import AxisType
 from tqdm import tqdm
 
 from model import (GPTConfig, build, compile_step, estimate_mfu, eval_starts, eval_step, find_devices, generate, get_lr,
-                   init_state, load, make_optimizer, micro_batches, num_params, open_dataset, shardings, train_starts, train_step)
-from rundir import Checkpoints, Log, clear, read_json, take, tokenizer, write
+                   init_state, load, make_optimizer, micro_batches, num_params, open_dataset, read_json, shardings,
+                   train_starts, train_step)
+from rundir import Checkpoints, Log, clear, take, tokenizer, write
 
 # -----------------------------------------------------------------------------
 # can this run be done?
@@ -103,6 +104,7 @@ if init_from == 'resume':
             fail(f'{key} = {config[key]}: the run in {out_dir} has {key} = {saved["model_args"][key]}, which cannot change')
 elif os.path.exists(run_file) and not (overwrite or eval_only):
     fail(f'{out_dir} holds a run: go on with it (--init_from=resume), replace it (--overwrite=True), or name another --out_dir')
+
 
 def explain(e):
     """What to do about an error that is not the program's, in one line; None if it is."""
@@ -149,8 +151,9 @@ with refuse(ValueError):
     model_config = GPTConfig(**{field.name: globals()[field.name] for field in fields(GPTConfig)})
 tx = make_optimizer(beta1, beta2, weight_decay, grad_clip)
 init = lambda: init_state(model_config, tx, seed)
-where = shardings(jax.eval_shape(init), mesh, fsdp)
-abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), where)
+abstract = jax.eval_shape(init)
+where = shardings(abstract, mesh, fsdp)
+abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
 
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 n_params = num_params(abstract['params'])
@@ -211,6 +214,7 @@ def say(text):
 
 # -----------------------------------------------------------------------------
 # the loop
+
 
 def estimate_loss():
     """Mean loss of each split over eval_iters batches, the same ones every time."""
