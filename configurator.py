@@ -8,7 +8,8 @@
 # an unknown key or a value of the wrong type is an error (exit code 2). A config file is Python: it sees the values so
 # far, may import, and may have names of its own that start with an underscore.
 #
-# Leaves some names for the script: `config` (the value of every key), `given` (the keys that somebody set),
+# Leaves some names for the script: `config` (the value of every key), `given` (the keys that somebody set), `typed` (those of
+# them that are options),
 # `fail(message)`, which says in one line what is wrong and exits with code 2, `with refuse(errors):`, which does that
 # with errors raised inside, and `check(key=(low, high), ...)`, which does it with numbers out of bounds.
 import ast
@@ -19,7 +20,7 @@ import sys
 from contextlib import contextmanager
 
 config = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))}
-given = set()
+given, typed = set(), set()
 
 
 def fail(message, code=2):
@@ -89,6 +90,7 @@ def _set_option(arg):
     if type(config.get(key)) is str and type(value) is not str:
         value = text
     _set(key, value, arg)
+    typed.add(key)
 
 
 def _help():

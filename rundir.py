@@ -4,9 +4,12 @@ What a run directory holds, and how it is kept whole whatever happens to the pro
 config.json    all config values, the model's arguments, the tokenizer, versions
 checkpoints/   N/ is the state after N iterations, written by Orbax: the latest two, and the best by validation loss
 best.json      which one is the best
+base/          with LoRA, the parameters that it leaves as they are, written once; then checkpoints hold the adapters alone
 log.csv        a row for each logged iteration and each evaluation
 loss.png       the same as a picture
 lock           held by the process that trains
+
+Where many processes train together, all of them write the checkpoints and process 0 alone the rest.
 """
 import errno
 import fcntl
@@ -17,17 +20,22 @@ import logging
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
 
-from model import GPTConfig, build, init_params, read_json
+from model import (GPT2, GPT2_META, GPTConfig, build, divide, init_params, join, merge_lora, on_one_device, open_gpt2,
+                   read_json)
 
 
 def write(path, text):
     """Replaces a file at once, or not at all."""
+    if jax.process_index() > 0:
+        return
     with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
         f.write(text)
     os.replace(f'{path}.tmp', path)
@@ -36,6 +44,8 @@ def write(path, text):
 def take(out_dir):
     """Makes out_dir this process's own: returns an open file that holds its lock, which ends with the process, however
     that ends. Raises ValueError where another process has it, OSError where it cannot be written."""
+    if jax.process_index() > 0:
+        return None
     os.makedirs(out_dir, exist_ok=True)
     lock = open(os.path.join(out_dir, 'lock'), 'w')
     try:
@@ -46,10 +56,14 @@ def take(out_dir):
 
 
 def clear(out_dir):
-    """Removes the run that out_dir holds, and nothing else."""
-    for name in ('config.json', 'best.json', 'log.csv', 'loss.png'):
-        Path(out_dir, name).unlink(missing_ok=True)
-    shutil.rmtree(Path(out_dir, 'checkpoints'), ignore_errors=True)
+    """Removes the run that out_dir holds, and nothing else, once all processes have come this far."""
+    sync_global_devices('about to clear')
+    if jax.process_index() == 0:
+        for name in ('config.json', 'best.json', 'log.csv', 'loss.png'):
+            Path(out_dir, name).unlink(missing_ok=True)
+        for name in ('checkpoints', 'base'):
+            shutil.rmtree(Path(out_dir, name), ignore_errors=True)
+    sync_global_devices('cleared')
 
 
 # -----------------------------------------------------------------------------
@@ -76,6 +90,7 @@ class Checkpoints:
         went wrong with the save before."""
         if n in self.manager.all_steps():
             return
+        state = {k: v for k, v in state.items() if k != 'base'}
         if shutil.disk_usage(self.folder).free < sum(x.nbytes for x in jax.tree.leaves(state)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         rest = {k: v for k, v in state.items() if k != 'params'}  # apart, because sampling wants the parameters alone
@@ -88,18 +103,20 @@ class Checkpoints:
         steps = sorted(self.manager.all_steps())
         if not steps:
             return None
-        while steps and (name := damage(self.folder / str(steps[-1]))):
+        while steps and jax.process_index() == 0 and (name := damage(self.folder / str(steps[-1]))):
             n = steps.pop()
             print(f'warning: checkpoint {n} is damaged ({name})' + (f', going on from {steps[-1]}' if steps else ''))
             if not self.read_only:
                 (self.folder / str(n)).rename(self.folder.parent / f'damaged-{n}-{time.time():.0f}')
-                self.manager.reload()
-        if not steps:
+        step = int(broadcast_one_to_all(np.int32(steps[-1] if steps else -1)))
+        self.manager.reload()
+        if step < 0:
             raise ValueError(f'no checkpoint in {self.folder} can be read')
-        rest = {k: v for k, v in abstract.items() if k != 'params'}
-        found = self.manager.restore(steps[-1], args=ocp.args.Composite(
+        rest = {k: v for k, v in abstract.items() if k not in ('params', 'base')}
+        found = self.manager.restore(step, args=ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract['params']), rest=ocp.args.StandardRestore(rest), progress=ocp.args.JsonRestore()))
-        return {'params': found['params'], **found['rest']}, found['progress']
+        base = load_base(self.folder.parent, abstract['base'])
+        return {'params': found['params'], 'base': base, **found['rest']}, found['progress']
 
 
 def file_sums(checkpoint):
@@ -111,7 +128,7 @@ def file_sums(checkpoint):
 def seal(checkpoints):
     """Notes the sums of checkpoints that have none: Orbax does not notice every damage, a flipped bit for one. Called
     when Orbax has written all files of a checkpoint and not yet given it its name."""
-    for folder in Path(checkpoints).iterdir():
+    for folder in Path(checkpoints).iterdir() if jax.process_index() == 0 else []:
         if folder.is_dir() and not (folder / 'sha256.json').exists():
             (folder / 'sha256.json').write_text(json.dumps(file_sums(folder)))
 
@@ -125,11 +142,30 @@ def damage(checkpoint):
     return next((name for name in noted if there.get(name) != noted[name]), None)
 
 
-def load_run(out_dir, checkpoint='best', **changes):
-    """The model of a run directory, from its best or its latest checkpoint; `changes` to its GPTConfig, such as dtype.
-    Raises ValueError where there is none that can be read."""
+def save_base(out_dir, base):
+    """Writes out_dir/base, sealed as a checkpoint is, in place of an earlier one."""
+    folder = Path(out_dir, 'base').absolute()
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder / 'params', base, force=True)
+    if jax.process_index() == 0:
+        (folder / 'sha256.json').write_text(json.dumps(file_sums(folder)))
+    sync_global_devices('base')
+
+
+def load_base(out_dir, abstract):
+    """The parameters in out_dir/base, sharded as `abstract` is; {} for {}. Raises ValueError if they are damaged."""
+    folder = Path(out_dir, 'base').absolute()
+    if abstract and (name := damage(folder)):
+        raise ValueError(f'{folder} is damaged ({name}), and its adapters are of no use without it')
+    return ocp.StandardCheckpointer().restore(folder / 'params', abstract) if abstract else {}
+
+
+def open_run(out_dir, checkpoint='best'):
+    """(config, meta, read) of the best or the latest checkpoint of a run directory, as open_model gives them. Adapters are
+    merged. Raises ValueError where there is no checkpoint that can be read."""
     out_dir = Path(out_dir).absolute()
-    config = GPTConfig(**read_json(out_dir / 'config.json')['model_args'] | changes)
+    meta = read_json(out_dir / 'config.json')
+    config = GPTConfig(**meta['model_args'])
     steps = ocp.utils.checkpoint_steps(out_dir / 'checkpoints') if (out_dir / 'checkpoints').exists() else []
     if not steps:
         raise ValueError(f'{out_dir} holds no checkpoint yet')
@@ -140,10 +176,47 @@ def load_run(out_dir, checkpoint='best', **changes):
     folder = out_dir / 'checkpoints' / str(step)
     if name := damage(folder):
         raise ValueError(f'{folder} is damaged ({name}); there are checkpoints {steps}, and the keys --checkpoint=best and =latest')
-    params = jax.eval_shape(lambda: init_params(config, 0))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params)
-    return build(config, ocp.StandardCheckpointer().restore(folder / 'params', params))
+
+    def read(block_size=None, place=on_one_device):
+        abstract = jax.eval_shape(lambda: init_params(config, 0))
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, place(abstract))
+        trained, frozen = divide(abstract, config)
+        params = join(ocp.StandardCheckpointer().restore(folder / 'params', trained), load_base(out_dir, frozen))
+        if not config.lora_rank and block_size in (None, config.block_size):
+            return params
+
+        def merge_and_crop(params):
+            params = merge_lora(params, config)
+            return params | {'wpe': {'weight': params['wpe']['weight'][:block_size]}}
+        return jax.jit(merge_and_crop, out_shardings=place(jax.eval_shape(merge_and_crop, abstract)))(params)
+
+    return replace(config, lora_rank=0), meta, read
+
+
+def load_run(out_dir, checkpoint='best', **changes):
+    """The model of a run directory; `changes` to its GPTConfig, such as dtype. Raises ValueError as open_run does."""
+    config, _, read = open_run(out_dir, checkpoint)
+    return build(replace(config, **changes), read())
+
+
+def open_model(source, checkpoint='best'):
+    """(config, meta, read) of a run directory, of 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or of a directory in their
+    format: the model's arguments, a dict with its vocab_size and tokenizer, and what reads the parameters, as open_gpt2 has
+    it. A directory says in a meta.json, such as a dataset has, if its tokenizer is not GPT-2's. Raises ValueError."""
+    folder = Path(source)
+    if source in GPT2:
+        config, read = open_gpt2(source)
+        return config, GPT2_META, read
+    if not (folder / 'config.json').is_file():
+        raise ValueError(f"init_from = {source!r}: there is no {folder / 'config.json'}, and it is none of {', '.join(GPT2)}")
+    if 'model_args' in read_json(folder / 'config.json'):
+        return open_run(source, checkpoint)
+    config, read = open_gpt2(folder)
+    meta = read_json(folder / 'meta.json') if (folder / 'meta.json').exists() else GPT2_META
+    if meta['vocab_size'] > config.vocab_size:
+        raise ValueError(f'{source} has a vocabulary of {config.vocab_size}, which is not the {meta["vocab_size"]} of its tokenizer: '
+                         'a meta.json, such as a dataset has, must say which one it is')
+    return config, meta, read
 
 
 # -----------------------------------------------------------------------------
@@ -163,12 +236,15 @@ class Log:
                 if line.endswith('\n') and line[0].isdigit() and int(line.split(',')[0]) < iter_num:
                     lines.append(line)
         write(self.path, ''.join(lines))
-        self.file = open(self.path, 'a', buffering=1, encoding='utf-8')
+        self.file = open(self.path, 'a', buffering=1, encoding='utf-8') if jax.process_index() == 0 else None
 
     def row(self, **row):
-        self.file.write(','.join(f'{row[c]:.7g}' if c in row else '' for c in self.columns) + '\n')
+        if self.file:
+            self.file.write(','.join(f'{row[c]:.7g}' if c in row else '' for c in self.columns) + '\n')
 
     def plot(self):
+        if not self.file:
+            return
         from matplotlib.figure import Figure  # without pyplot there is no window system to look for
         log = np.genfromtxt(self.path, delimiter=',', names=True, ndmin=1)
         figure = Figure(figsize=(8, 5), layout='constrained')

@@ -1,14 +1,17 @@
 """
-Writes text with a model that train.py has trained.
+Writes text with a model that train.py has trained, or with GPT-2.
 
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=1    # streams on a terminal
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
+    python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_samples=3
 """
 import os
 import sys
+from dataclasses import replace
 
 # -----------------------------------------------------------------------------
+init_from = 'resume'  # 'resume': the run in out_dir; 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a path: a run directory or GPT-2's files
 out_dir = 'out'  # the run directory that train.py wrote
 checkpoint = 'best'  # 'best' by validation loss, or 'latest'
 start = '\n'  # the prompt; FILE:prompt.txt reads it from a file, '<|endoftext|>' is understood where the tokenizer has it
@@ -20,6 +23,7 @@ top_p = 1.0  # then keep only the likeliest tokens that together reach this prob
 seed = 1337
 device = ''  # 'cpu', 'gpu' or 'tpu'; '': the best that JAX finds
 dtype = ''  # of activations, 'float32' or 'bfloat16'; '': as trained
+compile_cache = True  # keep what is compiled in ~/.cache/nanogpt-jax, so that it starts faster the next time
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 # -----------------------------------------------------------------------------
 
@@ -28,23 +32,26 @@ if not 0 < top_p <= 1:
     fail(f'top_p = {top_p}: must be above 0 and at most 1')
 if checkpoint not in ('best', 'latest'):
     fail(f"checkpoint = {checkpoint!r}: must be 'best' or 'latest'")
-if not os.path.exists(os.path.join(out_dir, 'config.json')):
+if init_from == 'resume' and not os.path.exists(os.path.join(out_dir, 'config.json')):
     fail(f'out_dir = {out_dir!r} holds no run; train one with train.py')
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from model import find_devices, read_json, stream
-from rundir import load_run, tokenizer
+from model import build, find_devices, keep_compiled, stream
+from rundir import open_model, tokenizer
 
 with refuse(ValueError):
     find_devices(device)
+if compile_cache:
+    keep_compiled()
 
 # encode the beginning of the prompt
-with refuse(ValueError):
-    run = read_json(os.path.join(out_dir, 'config.json'))
-    encode, decode, eot = tokenizer(run['tokenizer'])
+with refuse(ValueError, OSError):
+    config, meta, read = open_model(out_dir if init_from == 'resume' else init_from, checkpoint)
+    config = replace(config, dtype=dtype or config.dtype)
+    encode, decode, eot = tokenizer(meta['tokenizer'])
 if start.startswith('FILE:'):
     with refuse(OSError), open(start[5:], encoding='utf-8') as f:
         try:
@@ -55,18 +62,17 @@ with refuse(ValueError):
     prompt = encode(start)
 if not prompt:
     fail('start is empty: give at least one character to go on from')
-block_size = run['model_args']['block_size']
-if len(prompt) > block_size:
-    print(f'warning: the prompt has {len(prompt)} tokens, of which the model sees the last {block_size}', file=sys.stderr)
+if len(prompt) > config.block_size:
+    print(f'warning: the prompt has {len(prompt)} tokens, of which the model sees the last {config.block_size}', file=sys.stderr)
 
 # run generation: all samples at once, or a single one as it is made
-with refuse(ValueError):
-    model = load_run(out_dir, checkpoint, **({'dtype': dtype} if dtype else {}))
+with refuse(ValueError, OSError):
+    model = build(config, read())
 live = num_samples == 1 and sys.stdout.isatty()
 parts, shown = [np.array([prompt] * num_samples)], ''
 with tqdm(total=max_new_tokens, unit='tok', leave=False, disable=True if live else None) as bar:
     for part in stream(model, parts[0], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                       key=jax.random.key(seed), eot=eot, n_vocab=run['vocab_size'], chunk=8 if live else 50):
+                       key=jax.random.key(seed), eot=eot, n_vocab=meta['vocab_size'], chunk=8 if live else 50):
         parts.append(np.asarray(part))
         bar.update(part.shape[1])
         text = decode(np.concatenate(parts, axis=1)[0].tolist()) if live else ''

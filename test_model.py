@@ -5,18 +5,29 @@ Claims about the model and its maths. Each can fail: break the property and see.
 """
 import dataclasses
 import functools
+import json
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax.sharding import AxisType
+from safetensors.numpy import save_file
 
-from model import (GPTConfig, build, estimate_mfu, eval_starts, eval_step, generate, get_lr, init_params, init_state, load,
-                   loss_fn, make_optimizer, micro_batches, num_params, pick, stream, train_starts, train_step)
-from rundir import tokenizer
+from model import (GPT, GPTConfig, build, divide, estimate_mfu, eval_starts, eval_step, generate, get_lr, init_params, init_state,
+                   join, load, lora_table, loss_fn, make_optimizer, merge_lora, micro_batches, num_params, open_gpt2, pick, shardings,
+                   stream, train_starts, train_step)
+from rundir import Checkpoints, open_model, tokenizer
+
+jax.config.update('jax_num_cpu_devices', 8)  # simulated ones, for meshes
 
 TINY = GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=32, bias=True)
 KEY = jax.random.key(0)
@@ -167,9 +178,205 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_a_bad_config_is_refused():
-    for bad in (dict(n_head=3), dict(n_layer=0), dict(dropout=1.0), dict(dropout=-0.1), dict(dtype='float64')):
+    for bad in (dict(n_head=3), dict(n_layer=0), dict(dropout=1.0), dict(dropout=-0.1), dict(dtype='float64'), dict(lora_rank=-1),
+                dict(lora_rank=33), dict(lora_alpha=0.0)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             dataclasses.replace(TINY, **bad)
+
+
+# -----------------------------------------------------------------------------
+# GPT-2's weights
+
+
+def gpt2_files(folder, config, prefix='transformer.', parts=1, dtype=np.float32, without=(), extra=(), old_names=True, **changes):
+    """Writes random weights as Hugging Face has GPT-2's, and returns them nested, as numpy_gpt wants them."""
+    C, L, rng = config.n_embd, range(config.n_layer), np.random.default_rng(0)
+    shapes = {'wte.weight': (config.vocab_size, C), 'wpe.weight': (config.block_size, C), 'ln_f.weight': (C,), 'ln_f.bias': (C,)}
+    for name, *shape in (('ln_1', C), ('attn.c_attn', C, 3 * C), ('attn.c_proj', C, C), ('ln_2', C), ('mlp.c_fc', C, 4 * C), ('mlp.c_proj', 4 * C, C)):
+        shapes |= {f'h.{i}.{name}.weight': shape for i in L} | {f'h.{i}.{name}.bias': shape[-1:] for i in L}
+    weights = {name: (0.2 * rng.standard_normal(shape)).astype(dtype) for name, shape in shapes.items()}
+    if not config.bias:
+        weights = {name: np.zeros_like(x) if name.endswith('bias') else x for name, x in weights.items()}
+    tensors = {prefix + name: x for name, x in weights.items() if name not in without} | dict(extra)
+    if old_names:  # what old files hold too: the causal mask, and the output layer, which is the embedding
+        tensors |= {f'{prefix}h.{i}.attn.bias': np.tri(8, dtype=dtype)[None, None] for i in L}
+        tensors |= {f'{prefix}h.{i}.attn.masked_bias': np.array(-1e4, dtype) for i in L} | {'lm_head.weight': weights['wte.weight']}
+    folder.mkdir(exist_ok=True)
+    files = [f'model-{n + 1}-of-{parts}.safetensors' for n in range(parts)] if parts > 1 else ['model.safetensors']
+    where = {name: files[n % parts] for n, name in enumerate(tensors)}
+    for file in files:
+        save_file({name: x for name, x in tensors.items() if where[name] == file}, folder / file)
+    if parts > 1:
+        (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': where}))
+    hf = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'n_positions': config.block_size, 'n_embd': C,
+          'n_layer': config.n_layer, 'n_head': config.n_head, 'vocab_size': config.vocab_size, 'attn_pdrop': 0.1} | changes
+    (folder / 'config.json').write_text(json.dumps({k: v for k, v in hf.items() if v is not None}))
+    key = lambda name: tuple(int(part) if part.isdigit() else part for part in name.split('.'))
+    return unflatten_mapping({key(name): x.astype(np.float32) for name, x in weights.items()})
+
+
+@pytest.mark.parametrize('shape, files', [
+    (dict(), dict()),
+    (dict(n_layer=3, n_head=4, n_embd=48, vocab_size=101, block_size=24), dict(prefix='', old_names=False)),
+    (dict(n_layer=1, n_head=1, n_embd=8), dict(parts=3)),
+    (dict(bias=False, n_head=8), dict(bias=False, old_names=False)),
+    (dict(bias=False), dict(parts=2, prefix='')),
+    (dict(), dict(dtype=np.float16)),
+], ids=str)
+def test_weights_in_gpt2s_files_give_the_logits_of_a_numpy_forward_pass(tmp_path, shape, files):
+    config = dataclasses.replace(TINY, **shape)
+    weights, idx = gpt2_files(tmp_path, config, **files), tokens(3, 11)
+    model = GPT.from_pretrained(tmp_path)
+    assert model.config == dataclasses.replace(config, bias=files.get('bias', True))  # GPT-2 has biases, export.py says where there are none
+    close(model(idx), numpy_gpt(weights, idx, config.n_head), 1e-4)
+
+
+def test_a_context_can_be_cropped_and_not_stretched(tmp_path):
+    weights, idx = gpt2_files(tmp_path, TINY), tokens(2, 8)
+    model = GPT.from_pretrained(tmp_path, block_size=8, dropout=0.1)
+    assert model.wpe.weight.shape == (8, 32) and model.config.dropout == 0.1
+    close(model(idx), numpy_gpt(weights, idx, TINY.n_head), 1e-4)
+    with pytest.raises(ValueError, match='block_size = 17'):
+        GPT.from_pretrained(tmp_path, block_size=17)
+
+
+@pytest.mark.parametrize('files, message', [
+    (dict(without=['h.1.mlp.c_fc.bias']), 'lacks the tensor h.1.mlp.c_fc.bias'),
+    (dict(extra={'transformer.h.2.ln_1.weight': np.ones(32)}), 'not of this model: h.2.ln_1.weight'),
+    (dict(extra={'transformer.h.0.attn.c_attn.weight': np.ones((96, 32))}), r'h.0.attn.c_attn.weight is \[96, 32\], .* \[32, 96\]'),
+    (dict(vocab_size=38), r'wte.weight is \[37, 32\]'), (dict(n_positions=8), r'wpe.weight is \[16, 32\]'),
+    (dict(activation_function='relu'), "activation_function = 'relu'"), (dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon = 1e-06'),
+    (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx = True'), (dict(n_inner=64), 'n_inner = 64'),
+    (dict(model_type='llama'), "model_type = 'llama'"), (dict(n_head=None), "lacks 'n_head'"), (dict(n_head=5), 'n_head = 5'),
+    (dict(n_layer='2'), 'config.json'), (dict(bias=False), 'not of this model: h.0.attn.c_attn.bias'),
+], ids=lambda x: str(x)[:40])
+def test_what_is_wrong_with_gpt2s_files_is_named(tmp_path, files, message):
+    gpt2_files(tmp_path, TINY, **files)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_pickle_is_refused_and_a_damaged_file_named(tmp_path):
+    gpt2_files(tmp_path, TINY)
+    file = tmp_path / 'model.safetensors'
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match='model.safetensors is damaged'):
+        GPT.from_pretrained(tmp_path)
+    file.rename(tmp_path / 'pytorch_model.bin')
+    with pytest.raises(ValueError, match='a pickle, which is never loaded; convert it .*save_pretrained'):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / 'pytorch_model.bin').unlink()
+    with pytest.raises(ValueError, match='lacks model.safetensors'):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_vocabulary_that_nobody_describes_is_refused(tmp_path):
+    gpt2_files(tmp_path, TINY)
+    with pytest.raises(ValueError, match='vocabulary of 37, .*meta.json'):
+        open_model(tmp_path)
+    meta = {'vocab_size': 37, 'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(65, 102)))}}
+    (tmp_path / 'meta.json').write_text(json.dumps(meta))
+    assert open_model(tmp_path)[1] == meta
+
+
+def test_without_a_network_gpt2_says_what_to_put_where(tmp_path):
+    code = "from model import GPT\ntry: GPT.from_pretrained('gpt2-medium')\nexcept ValueError as e: print(e)"
+    env = os.environ | {'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'}
+    out = subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
+    assert 'config.json and model.safetensors of https://huggingface.co/openai-community/gpt2-medium' in out.stdout, out
+    assert len(out.stdout.splitlines()) == 1 and not out.stderr
+
+
+# -----------------------------------------------------------------------------
+# LoRA
+
+LORA = dataclasses.replace(TINY, lora_rank=4, lora_alpha=8.0)
+
+
+@functools.cache
+def lora_base():
+    """tiny_model() at half its size: rounding errors stay below 1e-5."""
+    return build(TINY, jax.tree.map(lambda x: x / 2, params_of(tiny_model())))
+
+
+@functools.cache
+def lora_trained():
+    """The first and the last state of some steps of LoRA on lora_base(), and their losses."""
+    tx, losses = make_optimizer(0.9, 0.99, 0.1, 1.0), []
+    first = init_state(LORA, tx, 0) | {'base': params_of(lora_base())}
+    state = jax.tree.map(jnp.copy, first)
+    for _ in range(30):
+        state, metrics = train_step(state, tokens(2, 4, 17), 1e-2, KEY, LORA, tx)
+        losses.append(float(metrics['loss']))
+    return first, state, losses
+
+
+def test_lora_begins_where_its_base_is():
+    first, idx = lora_trained()[0], tokens(3, 16)
+    assert (build(LORA, join(first['params'], first['base']))(idx) == lora_base()(idx)).all()
+    for path, x in flatten_mapping(first['params']).items():
+        if path[-1] == 'lora_A':  # as large as its input
+            assert abs(x.std() * math.sqrt(x.shape[0]) - 1) < 0.25, path
+        else:
+            assert path[-1] == 'lora_B' and not x.any(), path
+
+
+def test_lora_trains_its_adapters_and_nothing_else():
+    first, last, losses = lora_trained()
+    assert losses[-1] < 0.9 * losses[0]
+    close(last['base'], first['base'], 0)
+    names = {'.'.join(map(str, path[2:])) for path in flatten_mapping(last['params'])}
+    assert names == {f'{layer}.lora_{m}' for layer in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj') for m in 'AB'}
+    for path, x in flatten_mapping(last['params']).items():
+        assert (x != flatten_mapping(first['params'])[path]).any(), path
+    assert jax.tree.structure(last['opt_state'][1].mu) == jax.tree.structure(last['params'])
+    tx = make_optimizer(0.9, 0.99, 0.1, 1.0)
+    flops = lambda config, state: train_step.lower(state, tokens(1, 4, 17), 0.0, KEY, config, tx).compile().cost_analysis()['flops']
+    assert flops(LORA, first) < flops(TINY, init_state(TINY, tx, 0))  # no gradient of the base is made
+
+
+def test_merged_adapters_give_the_logits_of_the_adapters():
+    _, last, _ = lora_trained()
+    params, idx = join(last['params'], last['base']), tokens(3, 16)
+    merged = merge_lora(params, LORA)
+    assert jax.tree.structure(merged) == jax.tree.structure(last['base'])
+    close(build(TINY, merged)(idx), build(LORA, params)(idx), 1e-5)
+    assert np.abs(build(TINY, merged)(idx) - lora_base()(idx)).max() > 0.1
+
+
+def test_lora_counts_what_it_trains():
+    params, base = divide(init_params(LORA, 0), LORA)
+    lines = [line.split() for line in lora_table(params, base, LORA).splitlines()]
+    A, B = 2 * 4 * (3 * 32 + 128), 2 * 4 * (96 + 32 + 128 + 32)
+    assert lines[1][:2] == ['trainable', f'{A + B:,}'] and lines[1][3:] == ['A', f'{A:,},', 'B', f'{B:,}']
+    n = sum(x.size for x in jax.tree.leaves(init_params(TINY, 0)))
+    assert lines[2][:2] == ['frozen', f'{n:,}'] and lines[3][:2] == ['total', f'{n + A + B:,}']
+    assert divide(init_params(TINY, 0), TINY)[1] == {}
+
+
+def test_attention_in_blocks_equals_attention_at_once():
+    from model import attend, attend_causally
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 3, 50, 8), np.float32)
+    f = lambda how, *qkv: (how(*qkv) ** 2).sum()
+    at_once, in_blocks = lambda *qkv: attend(*qkv, 0, 0, None), lambda *qkv: attend_causally(*qkv, 0, None, block=16)
+    close(in_blocks(q, k, v), at_once(q, k, v))
+    for i in (1, 2, 3):
+        close(jax.grad(f, i)(in_blocks, q, k, v), jax.grad(f, i)(at_once, q, k, v), 1e-4)
+
+
+@pytest.mark.parametrize('less', [dict(remat=True), dict(loss_chunks=4), dict(remat=True, loss_chunks=16)])
+def test_less_memory_is_the_same_gradient(less):
+    batch, params = tokens(4, 17), params_of(tiny_model())
+    grad = lambda config: jax.value_and_grad(loss_fn)(params, batch, config, KEY)
+    close(grad(dataclasses.replace(TINY, dropout=0.1, **less)), grad(dataclasses.replace(TINY, dropout=0.1)))
+
+
+def test_chunks_of_the_loss_take_less_memory():
+    config, batch = dataclasses.replace(TINY, vocab_size=5000, n_layer=1), tokens(64, 17)
+    params = jax.eval_shape(lambda: init_params(config, 0))
+    temp = lambda chunks: jax.jit(lambda params: jax.grad(loss_fn)(params, batch, dataclasses.replace(config, loss_chunks=chunks))).lower(
+        params).compile().memory_analysis().temp_size_in_bytes
+    assert temp(8) < 0.5 * temp(1)
 
 
 # -----------------------------------------------------------------------------
@@ -311,6 +518,98 @@ def test_micro_batches_hold_what_a_device_can_take():
     assert micro_batches(40 * 12, 12, 8) == (5, 96)
     assert micro_batches(64, 64, 8) == (1, 64)
     assert micro_batches(12, 12, 5) is None
+
+
+# -----------------------------------------------------------------------------
+# many devices: (data, tensor, fsdp)
+
+MESHES = [(1, 1, False), (8, 1, False), (4, 2, False), (2, 4, False), (1, 8, False), (8, 1, True), (4, 2, True)]
+WIDE = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=8, n_embd=64, bias=True)
+
+
+def start_on(mesh):
+    """The state of WIDE as it is created on a mesh, its abstract form, and a function that trains it from one iteration
+    to another and returns the losses."""
+    data, tensor, fsdp = mesh
+    mesh = jax.make_mesh((data, tensor), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2, devices=jax.devices('cpu')[:data * tensor])
+    tx = make_optimizer(0.9, 0.99, 0.1, 1.0)
+    init = lambda: init_state(WIDE, tx, 0)
+    abstract = jax.eval_shape(init)
+    where = shardings(abstract, mesh, fsdp)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
+    text = np.random.default_rng(0).integers(64, size=1000).cumsum().astype(np.uint16) % 64
+
+    def go_on(state, first, last):
+        losses, shape = [], micro_batches(32, 2, data)  # at most 2 on a device at a time, so from 2 to 16 micro-steps
+        assert shape[0] > 1
+        for step in range(first, last):
+            tokens = load(text, train_starts(text, shape, 16, 0, step), 16, 64, mesh)
+            state, metrics = train_step(state, tokens, 3e-3, KEY, WIDE, tx, mesh, fsdp)
+            losses.append(float(metrics['loss']))
+        return state, losses
+
+    return jax.jit(init, out_shardings=where)(), abstract, go_on
+
+
+def test_the_loss_is_the_same_on_every_mesh_and_every_mesh_goes_on_with_the_checkpoint_of_every_other(tmp_path):
+    runs, curves = {}, {}
+    for mesh in MESHES:
+        state, abstract, go_on = start_on(mesh)
+        state, curve = go_on(state, 0, 10)
+        checkpoints = Checkpoints(tmp_path / str(mesh))
+        checkpoints.save(10, state, {})
+        checkpoints.manager.wait_until_finished()
+        curves[mesh] = curve + go_on(state, 10, 20)[1]
+        runs[mesh] = checkpoints, abstract, go_on
+    one = curves[MESHES[0]]
+    assert one[-1] < one[0] - 0.1
+    for mesh in MESHES:
+        np.testing.assert_allclose(curves[mesh], one, atol=1e-4, err_msg=str(mesh))
+        for checkpoints, _, _ in runs.values():
+            state, _ = checkpoints.restore(runs[mesh][1])
+            np.testing.assert_allclose(runs[mesh][2](state, 10, 13)[1], one[10:13], atol=1e-4)
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_a_device_holds_its_part_and_no_more(mesh):
+    data, tensor, fsdp = mesh
+    state, _, go_on = start_on(mesh)
+    for steps in (0, 1):  # as created, and as the step returns it
+        state = go_on(state, 0, steps)[0]
+        for part in ('params', 'opt_state'):
+            whole = sum(x.nbytes for x in jax.tree.leaves(state[part]))
+            for device in jax.devices('cpu')[:data * tensor]:
+                held = sum(s.data.nbytes for x in jax.tree.leaves(state[part]) for s in x.addressable_shards if s.device == device)
+                share = whole / tensor / (data if fsdp else 1)
+                assert share <= held <= 1.001 * share + 0.06 * share * (tensor - 1)  # norms, wpe, some biases: on all of the tensor axis
+        for name in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'):
+            half, layer = name.split('.')
+            weight = state['params']['h'][0][half][layer]['weight']
+            assert weight.addressable_shards[0].data.size == weight.size // tensor // (data if fsdp else 1)
+
+
+def test_lora_is_the_same_on_every_mesh(tmp_path):
+    gpt2_files(tmp_path, TINY)
+    config, tx, batch = dataclasses.replace(LORA, lora_rank=8), make_optimizer(0.9, 0.99, 0.1, 1.0), tokens(2, 8, 17)
+    adapters = sum(x.size for x in jax.tree.leaves(divide(init_params(config, 0), config)[0]))
+    results = {}
+    for data, tensor, fsdp in ((1, 1, False), (8, 1, False), (4, 2, True), (2, 4, False)):
+        mesh = jax.make_mesh((data, tensor), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2, devices=jax.devices('cpu')[:data * tensor])
+        state = init_state(config, tx, 0) | {'base': open_gpt2(tmp_path)[1](16, lambda params: shardings(params, mesh, fsdp))}
+        where = shardings(state, mesh, fsdp)
+        assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state['base'], where['base']))  # read to where it belongs
+        state = jax.tree.map(lambda x, s: jax.device_put(x, s) if x.sharding != s else x, state, where)
+        base = jax.tree.map(np.asarray, state['base'])
+        step = train_step.lower(state, batch, 1e-2, KEY, config=config, tx=tx, mesh=mesh, fsdp=fsdp).compile()
+        if (data, tensor, fsdp) == (8, 1, False):
+            reduced = re.findall(r'= (.*) all-reduce\(', step.as_text())
+            sizes = [math.prod(map(int, dims.split(','))) for types in reduced for dims in re.findall(r'f32\[([\d,]+)\]', types)]
+            assert adapters <= sum(sizes) < 1.1 * adapters, (adapters, sizes)  # the base takes no part
+        for _ in range(3):
+            state, metrics = step(state, batch, 1e-2, KEY)
+        close(base, state['base'], 0)
+        results[data, tensor, fsdp] = state['params'], metrics['loss'], eval_step(join(state['params'], state['base']), batch, config)
+        close(results[data, tensor, fsdp], results[1, 1, False], 1e-5)
 
 
 # -----------------------------------------------------------------------------

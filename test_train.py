@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model import GPTConfig
+from model import GPT, GPTConfig, build, join
 from rundir import load_run
+from test_model import numpy_gpt
 
 HERE = Path(__file__).resolve().parent
 TINY = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4',
@@ -32,12 +34,13 @@ ROMEO = 'But, soft! what light through yonder window breaks?\nIt is the east, an
 def repo(tmp_path_factory):
     """A copy of the repository with a prepared dataset, `tiny`."""
     repo = tmp_path_factory.mktemp('repo')
-    for name in ('train.py', 'model.py', 'rundir.py', 'sample.py', 'configurator.py'):
+    for name in ('train.py', 'model.py', 'rundir.py', 'sample.py', 'export.py', 'bench.py', 'configurator.py'):
         shutil.copy(HERE / name, repo)
     shutil.copytree(HERE / 'config', repo / 'config')
     for prepare in (HERE / 'data').glob('*/prepare.py'):
         (repo / 'data' / prepare.parent.name).mkdir(parents=True)
         shutil.copy(prepare, repo / 'data' / prepare.parent.name)
+    shutil.copy(HERE / 'data/hub.py', repo / 'data')
     (repo / 'verse.txt').write_text(ROMEO * 40, encoding='utf-8')
     run(repo, 'data/text/prepare.py', 'verse.txt', '--name=tiny')
     return repo
@@ -61,6 +64,15 @@ def log_of(out_dir):
         return [{k: v for k, v in row.items() if k not in ('time_ms', 'tokens_per_s')} for row in csv.DictReader(f)]
 
 
+def as_numpy(item):
+    """What is in a part of a checkpoint, on whatever devices it was written."""
+    import jax
+    import orbax.checkpoint as ocp
+    reader = ocp.PyTreeCheckpointer()
+    like = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(item).item_metadata.tree)
+    return reader.restore(item, restore_args=like)
+
+
 def assert_same_run(a, b):
     """The same losses, and bit for bit the same parameters and optimizer state in the latest checkpoint."""
     import jax
@@ -69,8 +81,7 @@ def assert_same_run(a, b):
     restored = []
     for out_dir in (a, b):
         step = max(ocp.utils.checkpoint_steps(out_dir / 'checkpoints'))
-        restored.append([step] + [ocp.StandardCheckpointer().restore(out_dir / 'checkpoints' / str(step) / item)
-                                  for item in ('params', 'rest')])
+        restored.append([step] + [as_numpy(out_dir / 'checkpoints' / str(step) / item) for item in ('params', 'rest')])
     assert jax.tree.all(jax.tree.map(np.array_equal, *restored))
 
 
@@ -181,6 +192,175 @@ def test_wandb_logs_without_a_network(repo):
 
 
 # -----------------------------------------------------------------------------
+# finetuning, LoRA, and export to Hugging Face's format
+
+
+@pytest.fixture(scope='module')
+def base(repo):
+    """A run to start from, without biases and with dropout, and the model that it ended with."""
+    run(repo, 'train.py', *TINY, '--out_dir=base', '--max_iters=30', '--lr_decay_iters=30', '--eval_interval=10')
+    return load_run(repo / 'base')
+
+
+LORA = [*(arg for arg in TINY if not arg.startswith('--n_')), '--init_from=base', '--lora_rank=2']
+
+
+def leaves(out_dir, *items):
+    """The arrays of items of a run directory, such as 'base/params', nested."""
+    import orbax.checkpoint as ocp
+    found = [ocp.StandardCheckpointer().restore((out_dir / item).absolute()) for item in items]
+    return found[0] if len(found) == 1 else found
+
+
+def same(a, b):
+    """Bit for bit, wherever Orbax or NNX has numbers as text."""
+    import jax
+    a, b = ([(jax.tree_util.keystr(path).replace("'", ''), np.asarray(x)) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]]
+            for tree in (a, b))
+    return len(a) == len(b) and all(p == q and x.dtype == y.dtype and np.array_equal(x, y) for (p, x), (q, y) in zip(a, b))
+
+
+def params_of(model):
+    from flax import nnx
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def test_finetuning_begins_with_the_best_model_of_a_run(repo, base):
+    best = json.loads((repo / 'base/best.json').read_text())['val_loss']
+    (repo / 'wider.py').write_text('n_embd = 64\nblock_size = 1024\n')  # a recipe gives way to the model, an option does not
+    out = run(repo, 'train.py', *LORA, 'wider.py', '--lora_rank=0', '--out_dir=tuned', '--block_size=16', '--max_iters=20')
+    losses = [float(x) for x in re.findall(r'val loss (\S+)$', out, re.MULTILINE)]
+    assert 'Initializing from base' in out and losses[0] == pytest.approx(best, abs=1e-4) and min(losses) < best - 0.05
+    assert json.loads((repo / 'tuned/config.json').read_text(encoding='utf-8'))['model_args']['n_embd'] == 16
+
+
+def test_lora_changes_no_bit_of_its_base_and_saves_only_adapters(repo, base):
+    import jax
+    out = run(repo, 'train.py', *LORA, '--out_dir=lora', '--max_iters=60', '--lr_decay_iters=100', '--dropout=0.0', '--sample_tokens=5')
+    losses = [float(x) for x in re.findall(r'val loss (\S+)$', out, re.MULTILINE)]
+    assert min(losses) < losses[0] - 0.05 and 'trainable' in out and 'frozen' in out
+    assert same(leaves(repo / 'lora', 'base/params'), params_of(base))
+    names = {path.rpartition('/')[2] for path in map(str, (repo / 'lora/checkpoints/61').iterdir())}
+    assert 'base' not in names and set(leaves(repo / 'lora', 'checkpoints/61/params')) == {'h'}
+    stored = lambda folder: sum(array.nbytes for item in ('params', 'rest') for array in jax.tree.leaves(leaves(folder, item)))
+    adapters, n = 2 * 2 * (3 * 16 + 4 * 16 + 3 * 16 + 6 * 16), sum(x.size for x in jax.tree.leaves(params_of(base)))
+    assert stored(repo / 'lora/checkpoints/61') < 3 * 4 * adapters + 100 and stored(repo / 'base/checkpoints/31') > 3 * 4 * n  # bytes
+    (repo / 'base').rename(repo / 'base-elsewhere')  # a run directory is complete in itself
+    assert 'But' in run(repo, 'sample.py', '--out_dir=lora', '--start=But', '--num_samples=1', '--max_new_tokens=5', '--device=cpu')
+    (repo / 'base-elsewhere').rename(repo / 'base')
+
+
+def test_resuming_lora_changes_nothing(repo, base):
+    run(repo, 'train.py', *LORA, '--out_dir=lora-whole')
+    run(repo, 'train.py', *LORA, '--out_dir=lora-parts', '--max_iters=3')
+    run(repo, 'train.py', '--init_from=resume', '--out_dir=lora-parts', '--max_iters=12', '--device=cpu')
+    assert_same_run(repo / 'lora-whole', repo / 'lora-parts')
+    shutil.rmtree(repo / 'lora-parts/checkpoints')  # as if it had been stopped before its first checkpoint
+    run(repo, 'train.py', '--init_from=resume', '--out_dir=lora-parts', '--device=cpu')
+    assert_same_run(repo / 'lora-whole', repo / 'lora-parts')
+    assert same(leaves(repo / 'lora-parts', 'base/params'), params_of(base))
+    victim = max((repo / 'lora-parts/base').rglob('d/*'), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1] + b'x')
+    assert 'base is damaged' in run(repo, 'train.py', '--init_from=resume', '--out_dir=lora-parts', '--device=cpu', code=2)
+
+
+@pytest.mark.parametrize('args', [['--bias=True', '--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=16'], ['--lora_rank=2']], ids=' '.join)
+def test_an_export_is_the_model_in_gpt2s_format_and_comes_back_bit_for_bit(repo, base, args):
+    """The file is read by NumPy's forward pass, which knows nothing of this project's model."""
+    import jax
+    from flax.nnx.traversals import unflatten_mapping
+    from safetensors.numpy import load_file
+    out_dir, hf = repo / f'to-export-{len(args)}', repo / f'hf-{len(args)}'
+    run(repo, 'train.py', *LORA, *args, f'--out_dir={out_dir}', *(['--lora_rank=0'] if len(args) > 1 else []))
+    run(repo, 'export.py', f'--out_dir={out_dir}', f'--hf_dir={hf}', '--checkpoint=latest')
+    saved = json.loads((out_dir / 'config.json').read_text(encoding='utf-8'))
+    config, idx = GPTConfig(**saved['model_args']), np.random.default_rng(0).integers(saved['vocab_size'], size=(3, 16))
+    latest = f'checkpoints/{max(int(p.name) for p in (out_dir / "checkpoints").iterdir())}/params'
+    number = lambda tree: {int(k) if k.isdigit() else k: number(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    params = join(*map(number, leaves(out_dir, latest, 'base/params'))) if config.lora_rank else number(leaves(out_dir, latest))
+    logits = build(config, params)(idx)  # with the adapters, if there are any, where they were trained
+
+    tensors = load_file(hf / 'model.safetensors')
+    key = lambda name: tuple(int(part) if part.isdigit() else part for part in name.removeprefix('transformer.').split('.'))
+    np.testing.assert_allclose(logits, numpy_gpt(unflatten_mapping({key(k): x for k, x in tensors.items()}), idx, 2), atol=1e-4)
+    model = GPT.from_pretrained(hf)
+    np.testing.assert_allclose(logits, model(idx), atol=1e-5)
+    assert same(params_of(model), params_of(load_run(out_dir, 'latest'))) and model.config.bias == config.bias
+
+    how = ['--checkpoint=latest', '--start=But', '--temperature=0', '--num_samples=1', '--max_new_tokens=30', '--device=cpu']
+    assert run(repo, 'sample.py', f'--init_from={hf}', *how) == run(repo, 'sample.py', f'--out_dir={out_dir}', *how)
+
+
+def test_an_export_replaces_an_export_and_nothing_else(repo, base):
+    assert 'parameters in float32' in run(repo, 'export.py', '--out_dir=base', '--hf_dir=hf-again')
+    assert '--overwrite=True' in run(repo, 'export.py', '--out_dir=base', '--hf_dir=hf-again', code=2)
+    run(repo, 'export.py', '--out_dir=base', '--hf_dir=hf-again', '--overwrite=True', '--dtype=bfloat16')
+    half, full = (params_of(model)['wte']['weight'] for model in (GPT.from_pretrained(repo / 'hf-again'), base))
+    np.testing.assert_allclose(half, full, rtol=2**-8)
+    (repo / 'hf-again/mine.txt').write_text('do not delete')
+    assert 'other files' in run(repo, 'export.py', '--out_dir=base', '--hf_dir=hf-again', '--overwrite=True', code=2)
+    assert not list(repo.glob('*.tmp')) and (repo / 'hf-again/mine.txt').exists()
+
+
+def test_an_exported_character_tokenizer_returns_what_it_was_given(repo):
+    tokenizers = pytest.importorskip('tokenizers')
+    text = 'a\n\n\tb  c \r é世界😀\u2028\u00a0 n\u0303"\\'
+    chars = ''.join(sorted(set(text)))
+    (repo / 'odd.txt').write_text(text * 20, encoding='utf-8', newline='')
+    run(repo, 'data/text/prepare.py', 'odd.txt', '--name=odd-characters')
+    run(repo, 'train.py', *TINY, '--dataset=odd-characters', '--out_dir=odd-run', '--max_iters=1')
+    run(repo, 'export.py', '--out_dir=odd-run', '--hf_dir=odd-hf')
+    kept = json.loads((repo / 'odd-run/config.json').read_text(encoding='utf-8'))['tokenizer']['chars']
+    tokenizer = tokenizers.Tokenizer.from_file(str(repo / 'odd-hf/tokenizer.json'))
+    known = ''.join(c for c in text if c in kept)
+    assert tokenizer.encode(known).ids == [kept.index(c) for c in known] and tokenizer.decode(tokenizer.encode(known).ids) == known
+    with pytest.raises(Exception, match='Missing'):
+        tokenizer.encode('#')
+    settings = json.loads((repo / 'odd-hf/tokenizer_config.json').read_text(encoding='utf-8'))
+    assert settings['model_input_names'] == ['input_ids', 'attention_mask'] and not settings['clean_up_tokenization_spaces']
+
+
+def test_an_exported_bpe_tokenizer_gives_tiktokens_ids(repo):
+    tokenizers, tiktoken = pytest.importorskip('tokenizers'), pytest.importorskip('tiktoken')
+    try:
+        enc = tiktoken.get_encoding('gpt2')
+    except Exception:
+        pytest.skip("GPT-2's vocabulary is neither cached nor to be had")
+    run(repo, 'data/text/prepare.py', 'verse.txt', '--name=verse-bpe', '--tokenizer=gpt2')
+    run(repo, 'train.py', *TINY, '--dataset=verse-bpe', '--out_dir=bpe-run', '--max_iters=1')
+    run(repo, 'export.py', '--out_dir=bpe-run', '--hf_dir=bpe-hf')
+    assert GPT.from_pretrained(repo / 'bpe-hf').config.vocab_size == 50257 < load_run(repo / 'bpe-run').config.vocab_size
+    tokenizer = tokenizers.Tokenizer.from_file(str(repo / 'bpe-hf/tokenizer.json'))
+    for text in (ROMEO, "don't I'LL  3.14\n\n\n x \t", 'Grüße, 世界 😀👩‍👧 n\u0303\u2028\u00a0\x00', 'a<|endoftext|> b', (HERE / 'model.py').read_text(encoding='utf-8')):
+        ids = enc.encode(text, allowed_special='all')
+        assert tokenizer.encode(text).ids == ids and tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize('script, args, message', [
+    ('train.py', ['--init_from=base', '--n_layer=3'], 'n_layer = 3: base has n_layer = 2'),
+    ('train.py', ['--init_from=base', '--block_size=17'], 'block_size = 17: base has block_size = 16'),
+    ('train.py', ['--init_from=scratch', '--lora_rank=2'], 'adapters need a model to adapt'),
+    ('train.py', ['--init_from=base', '--out_dir=base', '--overwrite=True'], "init_from = 'base': that is out_dir too"),
+    ('train.py', ['--init_from=base', '--dataset=other-text'], "dataset = 'other-text' has another vocabulary than base"),
+    ('train.py', ['--init_from=resume', '--out_dir=adapted', '--lora_rank=4'], 'lora_rank = 4: the run in adapted has lora_rank = 2, which cannot'),
+    ('sample.py', ['--init_from=data'], "init_from = 'data'"),
+    ('export.py', ['--out_dir=data'], "out_dir = 'data' holds no run"), ('export.py', ['--out_dir=base', '--dtype=int8'], "dtype = 'int8'"),
+    ('export.py', ['--out_dir=base', '--checkpoint=third'], "checkpoint = 'third'"), ('export.py', ['--out_dir=base', '--hf_dir=data'], "hf_dir = 'data'"),
+])
+def test_a_mistake_in_finetuning_or_export_is_named(repo, base, script, args, message):
+    if not (repo / 'adapted').exists():
+        run(repo, 'train.py', *LORA, '--out_dir=adapted', '--max_iters=1')
+        (repo / 'other.txt').write_text(ROMEO.upper() * 10)
+        run(repo, 'data/text/prepare.py', 'other.txt', '--name=other-text')
+    before = sorted(repo.rglob('*'))
+    mine = [arg for arg in LORA if '--lora' not in arg] if script == 'train.py' and '--init_from=resume' not in args else []
+    elsewhere = ['--out_dir=untouched'] if script == 'train.py' and '--out_dir' not in ' '.join(args) else []
+    error = run(repo, script, *mine, *elsewhere, *args, code=2)
+    assert message in error and len(error.splitlines()) == 1 and error.startswith(f'{script}: error: '), error
+    assert sorted(repo.rglob('*')) == before
+
+
+# -----------------------------------------------------------------------------
 # faults
 
 
@@ -270,6 +450,86 @@ def test_float16_trains(repo):
 
 
 # -----------------------------------------------------------------------------
+# many processes, and what they would cost
+
+
+MANY = [*TINY, '--n_head=8', '--n_embd=64', '--dropout=0.0', '--batch_size=2', '--gradient_accumulation_steps=16', '--eval_iters=8']
+
+
+def start_two(repo, *args):
+    """Two processes of four simulated devices each."""
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+    return [start(repo, 'train.py', *args, f'--coordinator=localhost:{port}', '--num_processes=2', f'--process_id={i}',
+                  XLA_FLAGS='--xla_force_host_platform_device_count=4') for i in (0, 1)]
+
+
+def wait_for_both(processes, code=0):
+    results = [p.communicate(timeout=120) for p in processes]
+    assert [p.returncode for p in processes] == [code, code], results
+    return results
+
+
+def close_losses(a, b):
+    """The losses in two logs, to 1e-4."""
+    losses = [[(row['iter'], [float(row[k] or 0) for k in ('loss', 'train_loss', 'val_loss')]) for row in log_of(x)] for x in (a, b)]
+    assert [n for n, _ in losses[0]] == [n for n, _ in losses[1]]
+    np.testing.assert_allclose([x for _, x in losses[0]], [x for _, x in losses[1]], atol=1e-4)
+
+
+def test_two_processes_do_what_one_does_and_resume_exactly_after_either_is_killed(repo):
+    run(repo, 'train.py', *MANY, '--out_dir=alone', XLA_FLAGS='--xla_force_host_platform_device_count=8')
+    (out, _), (silent, _) = wait_for_both(start_two(repo, *MANY, '--out_dir=both', '--sample_tokens=5'))
+    assert '8 x cpu' in out and 'iter 12: ' in out and 'a sample at step 10' in out and 'iter' not in silent
+    close_losses(repo / 'alone', repo / 'both')
+
+    for victim, args in ((1, [*MANY, '--out_dir=either']), (0, ['--init_from=resume', '--out_dir=either', '--device=cpu'])):
+        processes = start_two(repo, *args, '--max_iters=100000')
+        for line in processes[0].stdout:
+            if line.startswith(f'iter {(12, 7)[victim]}:'):
+                break
+        processes[victim].kill()
+        begun = time.time()
+        out, err = processes[1 - victim].communicate(timeout=90)
+        assert processes[1 - victim].returncode != 0 and 'another task died' in err and time.time() - begun < 60, out + err
+        processes[victim].communicate()
+    wait_for_both(start_two(repo, '--init_from=resume', '--out_dir=either', '--device=cpu', '--max_iters=17'))
+    wait_for_both(start_two(repo, *MANY, '--out_dir=neither', '--max_iters=17'))
+    assert_same_run(repo / 'either', repo / 'neither')
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_iteration(repo):
+    processes = start_two(repo, *MANY, '--out_dir=told', '--max_iters=100000', '--fsdp=True')
+    for line in processes[0].stdout:
+        if line.startswith('iter 7:'):
+            break
+    processes[1].send_signal(signal.SIGTERM)
+    (out, _), _ = wait_for_both(processes, code=128 + signal.SIGTERM)
+    assert 'stopped by SIGTERM' in out
+    done = max(int(p.name) for p in (repo / 'told/checkpoints').iterdir())
+    run(repo, 'train.py', '--init_from=resume', '--out_dir=told', f'--max_iters={done + 4}', '--device=cpu', '--fsdp=False')  # alone
+    run(repo, 'train.py', *MANY, '--out_dir=untold', f'--max_iters={done + 4}')
+    close_losses(repo / 'told', repo / 'untold')
+
+
+def test_the_gradients_are_reduced_once_an_iteration(repo):
+    """Read off the compiled step: what is sent, and whether in the accumulation loop."""
+    args = ['--mode=comm', '--json=True', *MANY, '--gradient_accumulation_steps=32', '--mesh_data=8']
+    r = json.loads(run(repo, 'bench.py', *args))
+    assert r['micro_steps'] == 4 and r['devices'] == 8
+    assert [(c['kind'], c['inside_loop'], c['count']) for c in r['collectives']] == [('all-reduce', False, 1)]
+    assert r['collectives'][0]['bytes'] == pytest.approx(r['parameter_bytes_per_device'] * 2 * 7 / 8, rel=1e-5)  # a ring of 8
+    r = json.loads(run(repo, 'bench.py', *args, '--fsdp=True'))
+    assert {(c['kind'], c['inside_loop']) for c in r['collectives']} == {('all-gather', True), ('reduce-scatter', True)}
+    assert r['optimizer_bytes_per_device'] < 2 * r['parameters'] * 4 / 7
+    r = json.loads(run(repo, 'bench.py', *args, '--mesh_data=4', '--mesh_tensor=2'))
+    assert [c['count'] for c in r['collectives'] if c['kind'] == 'all-reduce' and not c['inside_loop']] == [1]
+    table = run(repo, 'bench.py', *args, '--json=False')
+    assert re.search(r'all-reduce +no +1 ', table) and 'computed, not measured' in table
+
+
+# -----------------------------------------------------------------------------
 # data
 
 
@@ -331,6 +591,159 @@ def test_without_a_network_shakespeare_says_what_to_put_where(repo):
     assert not list((repo / 'data').glob('shakespeare*/*.bin'))
 
 
+@pytest.fixture(scope='module')
+def offline(repo):
+    """The environment of a machine with no network, on which GPT-2's vocabulary is the 256 bytes and <|endoftext|>."""
+    (repo / 'bytes').mkdir()
+    (repo / 'bytes/sitecustomize.py').write_text('''import os, resource, shutil, types, tiktoken
+enc = tiktoken.Encoding('gpt2', pat_str=r'[\\s\\S]', mergeable_ranks={bytes([i]): i for i in range(256)},
+                        special_tokens={'<|endoftext|>': 50256})
+tiktoken.get_encoding = lambda name: enc
+if 'FREE' in os.environ:
+    shutil.disk_usage = lambda path: types.SimpleNamespace(free=float(os.environ['FREE']))
+if 'FULL' in os.environ:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ['FULL']),) * 2)
+''')
+    return dict(PYTHONPATH=str(repo / 'bytes'), HF_HUB_OFFLINE='1', HF_HOME=str(repo / 'hub'), HF_DATASETS_CACHE=str(repo / 'hub/d'))
+
+
+def parquet(path, texts, row_group_size=1000, column='text'):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    path.parent.mkdir(exist_ok=True, parents=True)
+    pq.write_table(pa.table({column: texts, 'n': list(range(len(texts)))}), path, row_group_size=row_group_size)
+
+
+def documents_of(path):
+    """The documents in a file of tokens that are bytes."""
+    ids = np.fromfile(path, '<u2')
+    *documents, rest = np.split(ids, np.flatnonzero(ids == 50256) + 1)
+    assert not len(rest)
+    return [document[:-1].astype(np.uint8).tobytes().decode() for document in documents]
+
+
+STORIES = [f'{i} Grüße, 世界 <|endoftext|>\r\n' * (i % 7) for i in range(2500)] + ['long ' * 10**6, '', None]
+
+
+def test_documents_read_back_as_they_were(repo, offline):
+    parquet(repo / 'stories/train-0.parquet', STORIES[:1500])
+    parquet(repo / 'stories/train-1.parquet', STORIES[1500:])
+    parquet(repo / 'stories/validation-0.parquet', STORIES[:30])
+    stories = [text or '' for text in STORIES]
+    run(repo, 'data/tinystories/prepare.py', '--files', 'stories', **offline)
+    assert documents_of(repo / 'data/tinystories/train.bin') == stories
+    assert documents_of(repo / 'data/tinystories/val.bin') == stories[:30]
+    run(repo, 'data/openwebtext/prepare.py', '--files', 'stories/train-0.parquet', 'stories/train-1.parquet', **offline)
+    order = np.random.default_rng(2357).permutation(len(stories))  # nanoGPT's
+    assert documents_of(repo / 'data/openwebtext/val.bin') == [stories[i] for i in order[:2]]
+    assert documents_of(repo / 'data/openwebtext/train.bin') == [stories[i] for i in order[2:]]
+    for name in ('tinystories', 'openwebtext'):
+        meta = json.loads((repo / f'data/{name}/meta.json').read_text())
+        assert meta == {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
+
+
+def test_a_broken_off_preparation_starts_again_cleanly(repo, offline):
+    here, tmp = repo / 'data/tinystories', repo / 'data/tinystories/train.bin.tmp'
+    bins = lambda folder: [(folder / f'{split}.bin').read_bytes() for split in ('train', 'val')]
+    parquet(repo / 'few/stories.parquet', STORIES[:400])
+    parquet(repo / 'many/stories.parquet', STORIES[:2500] * 20)
+
+    def break_off(number):
+        """When a part is written. That the pipes close in time means that all its processes have ended."""
+        began = time.time()
+        process = subprocess.Popen([sys.executable, 'data/tinystories/prepare.py', '--files', 'many'], cwd=repo,
+                                   env=os.environ | offline, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   start_new_session=True)
+        while process.poll() is None and not (tmp.exists() and tmp.stat().st_mtime > began and tmp.stat().st_size > 2**22):
+            time.sleep(0.01)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)  # a terminal sends Ctrl-C to all of them
+        _, err = process.communicate(timeout=30)
+        return process.returncode, err
+
+    shutil.rmtree(here)
+    here.mkdir()
+    shutil.copy(HERE / 'data/tinystories/prepare.py', here)
+    assert break_off(signal.SIGKILL)[0] == -signal.SIGKILL and tmp.exists() and not list(here.glob('*.bin'))
+    assert 'is not prepared' in run(repo, 'train.py', *TINY, '--dataset=tinystories', '--out_dir=unprepared', code=2)
+    run(repo, 'data/tinystories/prepare.py', '--files', 'few', **offline)
+    whole = bins(here)
+    assert not list(here.glob('*.tmp'))
+    code, err = break_off(signal.SIGINT)
+    assert code == 130 and 'interrupted' in err and len(err.splitlines()) == 1, err
+    assert bins(here) == whole and not list(here.glob('*.tmp'))
+    assert break_off(signal.SIGKILL)[0] == -signal.SIGKILL and tmp.exists() and bins(here) == whole
+    run(repo, 'data/tinystories/prepare.py', '--files', 'many', **offline)
+    run(repo, 'data/openwebtext/prepare.py', '--files', 'many', '--num_proc=3', **offline)  # never broken off
+    assert bins(here) == bins(repo / 'data/openwebtext') and len(documents_of(here / 'train.bin')) == 49975
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='memory is read from /proc')
+def test_preparing_documents_takes_little_memory_however_many_there_are(repo, offline):
+    parquet(repo / 'large.parquet', [os.urandom(8192).hex() for _ in range(10_000)], row_group_size=100)
+    code = '''import sys; sys.path.insert(0, 'data')
+import argparse, datasets, hub, pathlib, pyarrow.dataset, re
+peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1])
+before = peak()
+splits = hub.load(argparse.Namespace(files=['large.parquet'], column='text', num_proc=1), 0, 0, pathlib.Path('.'))
+class Pool:
+    def map(self, f, *args):
+        self.sent = list(zip(*args))
+        return iter(self.sent)
+next(hub.encoded(pool := Pool(), 'train', range(0, 10**6, 10), 10, 8))
+print(splits['train'].data.nbytes, peak() - before, len(pool.sent))'''
+    size, grown, sent = map(int, run(repo, '-c', code, **offline).splitlines()[-1].split())
+    assert size > 10_000 * 16384 and grown < size * 0.8 and sent == 8, grown
+
+
+@pytest.mark.parametrize('args, message', [
+    ([], 'where there is a network, type hf download Skylion007/openwebtext '), (['--files', 'none.parquet'], 'none.parquet: '),
+    (['--files', 'verse.txt'], 'verse.txt: '), (['--files', 'config'], 'config: '), (['--files', 'none'], 'none: '),
+    (['--files', 'one.parquet'], 'one.parquet: '), (['--files', 'cut.parquet'], 'cut.parquet: '),
+    (['--files', 'damaged.parquet'], 'damaged.parquet: OSError: '),
+    (['--files', 'one.parquet', 'story.parquet'], 'one.parquet story.parquet: CastError: '),
+    (['--files', 'one.parquet', '--column=story'], "no text in a column 'story'"),
+    (['--files', 'one.parquet', '--column=n'], "no text in a column 'n', but {'text': Value('string'), "),
+    (['--files', 'one.parquet', '--num_proc=0'], '--num_proc=0: at least 1'),
+])
+def test_a_mistake_in_preparing_documents_is_one_line_and_leaves_nothing(repo, offline, args, message):
+    parquet(repo / 'one.parquet', ['one'])
+    parquet(repo / 'story.parquet', ['two'], column='story')
+    parquet(repo / 'damaged.parquet', STORIES)
+    content = (repo / 'damaged.parquet').read_bytes()
+    (repo / 'cut.parquet').write_bytes(content[:len(content) // 2])
+    (repo / 'damaged.parquet').write_bytes(content[:2000] + bytes(2000) + content[4000:])
+    for path in (repo / 'data/openwebtext').glob('*.bin'):
+        path.unlink()
+    error = run(repo, 'data/openwebtext/prepare.py', *args, code=1, **offline)
+    assert len(error.splitlines()) == 1 and error.startswith('prepare.py: error: ') and message in error, error
+    assert not list((repo / 'data/openwebtext').glob('*.bin*'))
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(repo, offline):
+    parquet(repo / 'small.parquet', STORIES)
+    size = (repo / 'small.parquet').stat().st_size  # taken to become twice that, which is kept, and half of it as tokens
+    for free, code in (2.9, 1), (3.1, 0), (0.9, 1), (1.1, 0):
+        for path in (repo / 'data/openwebtext').glob('*.bin'):
+            path.unlink()
+        text = run(repo, 'data/openwebtext/prepare.py', '--files', 'small.parquet', code=code, FREE=str(free * size), **offline)
+        assert ('GB free, and this needs' in text) == bool(code) == (not list((repo / 'data/openwebtext').glob('*.bin*')))
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(repo, offline):
+    parquet(repo / 'full.parquet', [os.urandom(4096).hex() for _ in range(5000)], row_group_size=500)
+    for full in 2**23, 2**26:  # bytes that fit: not the text uncompressed, or that but not its tokens
+        error = run(repo, 'data/tinystories/prepare.py', '--files', 'full.parquet', code=1, FULL=str(full), **offline)
+        assert len(error.splitlines()) == 1 and 'full.parquet: OSError: [Errno 27] ' in error, error
+        assert not [*(repo / 'data/tinystories').glob('*.tmp'), *(repo / 'hub').rglob('*.incomplete')]
+
+
+def test_without_a_vocabulary_the_big_datasets_say_what_to_do(repo):
+    offline = dict(https_proxy='http://127.0.0.1:9', HTTPS_PROXY='http://127.0.0.1:9', TIKTOKEN_CACHE_DIR=str(repo / 'no-cache'))
+    for name in ('openwebtext', 'tinystories'):
+        error = run(repo, f'data/{name}/prepare.py', code=1, **offline)
+        assert len(error.splitlines()) == 1 and 'TIKTOKEN_CACHE_DIR' in error
+
+
 # -----------------------------------------------------------------------------
 # configuration
 
@@ -353,11 +766,11 @@ def load_config(script, *args):
 def test_every_recipe_loads(recipe):
     config = load_config('train.py', recipe)
     GPTConfig(vocab_size=50304, **{f.name: config[f.name] for f in fields(GPTConfig) if f.name in config and f.name != 'dtype'})
-    assert (HERE / 'data' / config['dataset'] / 'prepare.py').exists() or config['dataset'] == 'openwebtext'
+    assert (HERE / 'data' / config['dataset'] / 'prepare.py').exists()
 
 
 def test_every_key_is_read():
-    for script in ('train.py', 'sample.py'):
+    for script in ('train.py', 'sample.py', 'export.py'):
         used = (HERE / script).read_text(encoding='utf-8').partition('configurator.py')[2]
         for key in load_config(script):
             assert re.search(rf"(?<![\w'.]){key}(?![\w'])", used) or (script == 'train.py' and key in {f.name for f in fields(GPTConfig)}), key
@@ -411,7 +824,7 @@ def test_a_mistake_in_the_config_is_named(tmp_path, monkeypatch, capsys, args, m
 
 
 def test_help_lists_every_key_with_its_default_and_comment(capsys):
-    for script in ('train.py', 'sample.py'):
+    for script in ('train.py', 'export.py', 'sample.py'):
         with pytest.raises(SystemExit) as e:
             load_config(script, '--help')
         out = capsys.readouterr().out
@@ -475,7 +888,8 @@ RESUME = ['--init_from=resume', '--out_dir=finished']
     (['--eval_interval=0'], 'eval_interval = 0'), (['--log_interval=-5'], 'log_interval = -5'), (['--eval_iters=0'], 'eval_iters = 0'),
     (['--learning_rate=-1.0'], 'learning_rate = -1.0'), (['--beta1=1.0'], 'beta1 = 1.0'), (['--seed=-1'], 'seed = -1'),
     (['--dtype=float64'], "dtype = 'float64'"), (['--device=gpu'], "device = 'gpu'"), (['--mesh_tensor=3'], 'mesh_tensor = 3'),
-    (['--mesh_data=2'], 'mesh_data = 2'), (['--init_from=gpt5'], "init_from = 'gpt5'"), (['--init_from=resume'], 'nothing to resume'),
+    (['--mesh_data=2'], 'mesh_data = 2'), (['--num_processes=2'], 'meet at --coordinator=HOST:PORT'), (['--coordinator=host'], 'HOST:PORT'),
+    (['--coordinator=host:1', '--num_processes=2', '--process_id=2'], 'process_id = 2: must be from 0 to 1'), (['--init_from=gpt5'], "init_from = 'gpt5'"), (['--init_from=resume'], 'nothing to resume'),
     (['--init_from=resume', '--out_dir=no-checkpoint'], 'nothing to resume'), (['--out_dir=verse.txt/run'], 'verse.txt/run'),
     ([*RESUME, '--n_layer=3'], 'n_layer = 3: the run in finished has n_layer = 2'), ([*RESUME, '--bias=True'], 'bias = True'),
     ([*RESUME, '--dataset=other'], "dataset = 'other' has another vocabulary"), (['--out_dir=finished'], 'finished holds a run'),
