@@ -48,7 +48,7 @@ def load(args, download, text, out):
     cache.mkdir(parents=True, exist_ok=True)
     need = {cache: 0 if os.path.exists(builder.cache_dir) else download + text, out: text / 2}
     print(f'takes about {need[cache] / 1e9:.1f} GB in {cache.parent}, {need[out] / 1e9:.1f} GB in {out}, '
-          f'{0.3 + 0.02 * args.num_proc:.1f} GB of memory, {text / 48e7 / args.num_proc:.1f} minutes', flush=True)
+          f'{1.3 + 0.02 * args.num_proc:.1f} GB of memory at most, {text / 48e7 / args.num_proc:.1f} minutes', flush=True)
     for path in need:
         total = sum(need[other] for other in need if other.stat().st_dev == path.stat().st_dev)
         if (free := shutil.disk_usage(path).free) < total:
