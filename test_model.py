@@ -354,14 +354,39 @@ def test_lora_counts_what_it_trains():
     assert divide(init_params(TINY, 0), TINY)[1] == {}
 
 
-def test_attention_in_blocks_equals_attention_at_once():
-    from model import attend, attend_causally
-    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 3, 50, 8), np.float32)
-    f = lambda how, *qkv: (how(*qkv) ** 2).sum()
-    at_once, in_blocks = lambda *qkv: attend(*qkv, 0, 0, None), lambda *qkv: attend_causally(*qkv, 0, None, block=16)
-    close(in_blocks(q, k, v), at_once(q, k, v))
-    for i in (1, 2, 3):
-        close(jax.grad(f, i)(in_blocks, q, k, v), jax.grad(f, i)(at_once, q, k, v), 1e-4)
+NORMAL = np.random.default_rng(0).standard_normal
+
+
+@pytest.mark.parametrize('rate', [0, 0.3])
+def test_attention_in_blocks_is_attention(rate):
+    from model import attend
+    q, k, v = NORMAL((3, 2, 3, 50, 8), np.float32)
+    at_once, in_blocks = (attend(q, k, v, 0, None, block) for block in (64, 16))
+    close(in_blocks, at_once)
+    scores = np.where(np.tri(50), q @ k.swapaxes(2, 3) / 8**0.5, -np.inf)
+    probs = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    close(at_once, probs @ v)
+    dropped = attend(q, k, np.broadcast_to(np.eye(50, 50, dtype=np.float32), (2, 3, 50, 50)), rate, KEY)  # the probabilities themselves
+    close(dropped, np.where(dropped > 0, probs / (1 - rate), 0))
+    assert abs((dropped > 0).mean() - (1 - rate) * 51 / 100) < 0.01
+
+
+@pytest.mark.parametrize('name, args', [
+    ('product', [NORMAL((6, 4), np.float32), NORMAL((4, 3, 5), np.float32)]), ('standardize', [NORMAL((6, 4), np.float32)]),
+    ('gelu', [NORMAL((6, 4), np.float32)]), ('cross_entropy', [NORMAL((6, 4), np.float32), np.array([0, 3, 3, 1, 2, 0])]),
+    ('attend', [*NORMAL((3, 2, 3, 50, 8), np.float32), 0.0, None, 16]), ('attend', [*NORMAL((3, 2, 3, 50, 8), np.float32), 0.3, KEY, 16]),
+    ('attend', [*NORMAL((3, 2, 3, 50, 8), np.float32), 0.3, KEY, 64]),
+])
+def test_a_backward_pass_written_by_hand_is_the_derivative(name, args):
+    import model
+    f = getattr(model, name)
+    floats = [i for i, x in enumerate(args) if getattr(x, 'dtype', None) == np.float32]
+
+    def gradient(f):
+        of = lambda *given: f(*(given[floats.index(i)] if i in floats else x for i, x in enumerate(args)))
+        y, pull = jax.vjp(of, *(args[i] for i in floats))
+        return pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+    close(gradient(f), gradient(f.fun), 1e-5)
 
 
 @pytest.mark.parametrize('less', [dict(remat=True), dict(loss_chunks=4), dict(remat=True, loss_chunks=16)])
