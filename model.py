@@ -77,7 +77,7 @@ def init_table(config):
 
 
 # The functions with a backward pass of their own compute what automatic differentiation would, and keep and move less memory:
-# for GPT-2 (124M) at B = 1 on a CPU, a step took 0.8 of the time and 0.7 of the scratch memory (BENCHMARKS.md has the parts).
+# for GPT-2 (124M) at B = 1 on a CPU, a step takes 0.84 of the time and 0.6 of the scratch memory (BENCHMARKS.md has the parts).
 # optimization_barrier() is the identity: what comes out of it is computed there, and not merged with an earlier computation.
 
 
