@@ -366,9 +366,11 @@ def test_attention_in_blocks_is_attention(rate):
     scores = np.where(np.tri(50), q @ k.swapaxes(2, 3) / 8**0.5, -np.inf)
     probs = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     close(at_once, probs @ v)
-    dropped = attend(q, k, np.broadcast_to(np.eye(50, 50, dtype=np.float32), (2, 3, 50, 50)), rate, KEY)  # the probabilities themselves
+    dropped = attend(q, k, np.broadcast_to(np.eye(50, dtype=np.float32), (2, 3, 50, 50)), rate, KEY, 16)  # the probabilities themselves
     close(dropped, np.where(dropped > 0, probs / (1 - rate), 0))
     assert abs((dropped > 0).mean() - (1 - rate) * 51 / 100) < 0.01
+    first = dropped[0, 0, ::16, :17] > 0  # the first row of each block
+    assert (first[1] != first[2]).any() == (rate > 0)
 
 
 @pytest.mark.parametrize('name, args', [
