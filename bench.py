@@ -12,7 +12,6 @@ Every key of train.py and its config files are understood, too.
 import json as json_module
 import os
 import re
-import sys
 import time
 
 here = os.path.dirname(os.path.abspath(__file__))
@@ -41,10 +40,10 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType
 
-from model import (GPTConfig, cast, compile_step, decode, estimate_mfu, find_devices, init_params, init_state, load, make_optimizer, micro_batches,
-                   num_params, open_dataset, prefill, shardings, train_starts, train_step)
+from model import (GPTConfig, cast, compile_step, decode, estimate_mfu, find_devices, flops_per_token, init_params, init_state, load, lower_step,
+                   make_optimizer, micro_batches, num_params, open_dataset, padded, place, prefill, shardings, train_starts)
 
 tx = make_optimizer(beta1, beta2, weight_decay, grad_clip)
 
@@ -58,10 +57,16 @@ def dataset_or_none():
 
 def model_config(**changes):
     vocab = vocab_size or (dataset_or_none()[1] or {}).get('vocab_size', 50257)
-    vocab = -(-vocab // 64) * 64 if vocab > 1024 else vocab
     with refuse(ValueError):
-        return GPTConfig(**dict(block_size=block_size, vocab_size=vocab, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout,
+        return GPTConfig(**dict(block_size=block_size, vocab_size=padded(vocab), n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout,
                                 bias=bias, dtype=dtype or 'float32', flash=flash, remat=remat, loss_chunks=loss_chunks) | changes)
+
+
+def mesh_and_shape(data, tensor):
+    """The mesh, and the (G, B) of an iteration's sequences on it."""
+    if not (shape := micro_batches(gradient_accumulation_steps * batch_size, batch_size, data)):
+        fail(f'gradient_accumulation_steps * batch_size = {gradient_accumulation_steps * batch_size} must be divisible by mesh_data = {data}')
+    return jax.make_mesh((data, tensor), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2), shape
 
 
 def measure(run):
@@ -99,15 +104,11 @@ def train():
     """An iteration, from the loader's arrays to the updated state."""
     devices = find_devices(device)
     config = model_config(dtype=dtype or ('float32' if devices[0].platform == 'cpu' else 'bfloat16'))
-    D = len(devices) // mesh_tensor if mesh_data == -1 else mesh_data
-    mesh = jax.make_mesh((D, mesh_tensor), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
-    shape = micro_batches(gradient_accumulation_steps * batch_size, batch_size, D)
-    if not shape:
-        fail(f'gradient_accumulation_steps * batch_size = {gradient_accumulation_steps * batch_size} must be divisible by mesh_data = {D}')
+    mesh, shape = mesh_and_shape(len(devices) // mesh_tensor if mesh_data == -1 else mesh_data, mesh_tensor)
     init = lambda: init_state(config, tx, 0)
     abstract = jax.eval_shape(init)
     where = shardings(abstract, mesh, fsdp)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
+    abstract = place(abstract, where)
     compile_times = []
     folder = tempfile.TemporaryDirectory()  # a compilation cache of its own: at first it is empty
     jax.config.update('jax_compilation_cache_dir', folder.name)
@@ -131,7 +132,7 @@ def train():
     times = measure(run)
     memory = peak_memory(devices[0])
     n_params, tokens = num_params(abstract['params']), shape[0] * shape[1] * block_size
-    flops = (6 * n_params + 12 * n_layer * n_embd * block_size) * tokens / np.median(times)
+    flops = flops_per_token(config, n_params) * tokens / np.median(times)
     return dict(parameters=n_params, devices=f'{len(devices)} x {devices[0].device_kind}', dtype=config.dtype, tokens_per_iteration=tokens,
                 ms=1e3 * np.median(times), ms_10_percent=1e3 * np.quantile(times, 0.1), ms_90_percent=1e3 * np.quantile(times, 0.9),
                 iterations=len(times), tokens_per_s=tokens / np.median(times), tflops=flops / 1e12,
@@ -171,8 +172,7 @@ def data():
     if tokens is None:
         fail(f'dataset = {dataset!r} is not prepared')
     devices = find_devices(device)
-    mesh = jax.make_mesh((len(devices), 1), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
-    shape = micro_batches(gradient_accumulation_steps * batch_size, batch_size, len(devices))
+    mesh, shape = mesh_and_shape(len(devices), 1)
     n = iter(range(10**12))
     times = measure(lambda: load(tokens['train'], train_starts(tokens['train'], shape, block_size, 0, next(n)), block_size, meta['vocab_size'], mesh))
     return dict(dataset=dataset, batch=list(shape), block_size=block_size, ms=1e3 * np.median(times),
@@ -219,16 +219,11 @@ def comm():
     D = max(mesh_data, 1)
     jax.config.update('jax_num_cpu_devices', D * mesh_tensor)
     devices = find_devices('cpu')
-    mesh = jax.make_mesh((D, mesh_tensor), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
+    mesh, shape = mesh_and_shape(D, mesh_tensor)
     config = model_config(dtype='float32', flash=False)  # XLA's CPU code has no other: bfloat16 halves what the tensor axis sends
-    shape = micro_batches(gradient_accumulation_steps * batch_size, batch_size, D)
-    if not shape:
-        fail(f'gradient_accumulation_steps * batch_size = {gradient_accumulation_steps * batch_size} must be divisible by mesh_data = {D}')
     abstract = jax.eval_shape(lambda: init_state(config, tx, 0))
-    where = shardings(abstract, mesh, fsdp)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
-    tokens = jax.ShapeDtypeStruct((*shape, block_size + 1), np.uint16, sharding=NamedSharding(mesh, P(None, 'data')))
-    step = train_step.lower(abstract, tokens, 0.0, jax.random.key(0), config, tx, mesh, fsdp).compile()
+    abstract = place(abstract, shardings(abstract, mesh, fsdp))
+    step = lower_step(abstract, shape, mesh, config, tx, fsdp).compile()
 
     rows = {}
     for kind, times, sent in collectives(step.as_text()):
@@ -237,7 +232,7 @@ def comm():
         row['bytes'] += times * sent
     held = lambda tree: sum(x.dtype.itemsize * int(np.prod(x.sharding.shard_shape(x.shape))) for x in jax.tree.leaves(tree))
     n_params, n_tokens = num_params(abstract['params']), gradient_accumulation_steps * batch_size * block_size
-    flops = n_tokens * (6 * n_params + 12 * n_layer * n_embd * block_size) / (D * mesh_tensor)
+    flops = n_tokens * flops_per_token(config, n_params) / (D * mesh_tensor)
     compute, send = flops / (chip_tflops * 1e12), sum(row['bytes'] for row in rows.values()) / (link_gb * 1e9)
     return dict(parameters=n_params, devices=D * mesh_tensor, mesh_data=D, mesh_tensor=mesh_tensor, fsdp=fsdp, micro_steps=shape[0],
                 sequences=shape[0] * shape[1], collectives=list(rows.values()), flops_per_device=flops,

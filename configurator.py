@@ -8,10 +8,10 @@
 # an unknown key or a value of the wrong type is an error (exit code 2). A config file is Python: it sees the values so
 # far, may import, and may have names of its own that start with an underscore.
 #
-# Leaves some names for the script: `config` (the value of every key), `given` (the keys that somebody set), `typed` (those of
-# them that are options),
-# `fail(message)`, which says in one line what is wrong and exits with code 2, `with refuse(errors):`, which does that
-# with errors raised inside, and `check(key=(low, high), ...)`, which does it with numbers out of bounds.
+# Leaves some names for the script: `config` (the value of every key), `given` (the keys that somebody set), `typed` (those
+# of them that are options), `fail(message)`, which says in one line what is wrong and exits with code 2,
+# `with refuse(errors):`, which does that with errors raised inside, and `check(key=(low, high), ...)`, which does it with
+# numbers out of bounds.
 import ast
 import difflib
 import os

@@ -88,7 +88,7 @@ def product(x, w):
 
 
 def product_backward(saved, dy):
-    (x, w), dy = jax.lax.optimization_barrier((saved, dy))
+    (x, w), dy = jax.lax.optimization_barrier((saved, dy))  # or what made x would be computed again, element by element, to transpose it
     # XLA's CPU code for a product with a transposed left side is slow: it takes 1.25 times as long as transposing and this
     xT = jax.lax.optimization_barrier(x.T) if jax.default_backend() == 'cpu' else x.T
     out = tuple(range(1, w.ndim))
@@ -152,7 +152,7 @@ def kept(key, rate, shape):
     """Where dropout keeps a value. 16 bits decide, two from each random number: making these is what dropout costs."""
     numbers = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), jnp.uint32)
     bits = jax.lax.bitcast_convert_type(numbers, jnp.uint16).reshape(*shape[:-1], -1)[..., :shape[-1]]
-    return jax.lax.optimization_barrier(bits >= round(rate * 2**16))
+    return bits >= round(rate * 2**16)
 
 
 def dropout(x, rate, key):
@@ -170,7 +170,7 @@ def scores(q, k, pos):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5))
 def attend(q, k, v, rate, key, block=256):
     """Causal attention of a sequence to itself: q, k, v and the result are (B, nh, T, hs). A block of queries needs no keys
-    that come after it: for 1024 tokens that is 3/8 less to compute."""
+    that come after it: for 1024 tokens that is 3/8 less to compute. With a rate of 0 there is no dropout, and no need of a key."""
     return attend_forward(q, k, v, rate, key, block)[0]
 
 
@@ -180,7 +180,7 @@ def attend_forward(q, k, v, rate, key, block):
         s = scores(q[:, :, t:t + block], k[:, :, :t + block], t)
         lse = jax.nn.logsumexp(s, -1, keepdims=True)
         p = jnp.exp(s - lse).astype(q.dtype)
-        if key is not None and rate > 0:  # what is dropped is kept with a minus: the backward pass needs it, too
+        if rate:  # what is dropped is kept with a minus: the backward pass needs it, too
             p = jnp.where(kept(jax.random.fold_in(key, t), rate, p.shape), p, -p)
             saved.append(p)
             p = jnp.maximum(p, 0) / (1 - rate)
@@ -188,19 +188,20 @@ def attend_forward(q, k, v, rate, key, block):
             saved.append(lse)  # that is enough to compute p again, as FlashAttention does
         ys.append(jnp.einsum('bhts,bhsd->bhtd', p, v[:, :, :t + block]))
     y = jnp.concatenate(ys, axis=2)
-    return y, (q, k, v, y, key, saved)
+    return y, (q, k, v, y, saved)
 
 
 def attend_backward(rate, block, saved, dy):
-    (q, k, v, y, key, saved), dy = jax.lax.optimization_barrier((saved, dy))
+    (q, k, v, y, saved), dy = jax.lax.optimization_barrier((saved, dy))
     mean = (dy * y).astype(jnp.float32).sum(-1, keepdims=True)  # of dp, weighted with p
-    q = q + (0 * mean).astype(q.dtype)  # XLA computes as soon as it can, and would keep a p that needs no dy since the forward pass
+    if not rate:  # XLA computes as soon as it can: a p that needs no dy it would make, and keep, in the forward pass
+        q = q + (0 * mean).astype(q.dtype)
     dq, dk, dv = [], None, None
     for i, part in reversed(list(enumerate(saved))):
         t, end = i * block, (i + 1) * block
         qt, kt, vt, dyt = q[:, :, t:end], k[:, :, :end], v[:, :, :end], dy[:, :, t:end]
         dp = jnp.einsum('bhtd,bhsd->bhts', dyt, vt, preferred_element_type=jnp.float32)
-        if key is not None and rate > 0:
+        if rate:
             p = jnp.maximum(part, 0) / (1 - rate)
             ds = p * dp - jnp.abs(part) * mean[:, :, t:end]
         else:
@@ -219,9 +220,9 @@ attend.defvjp(attend_forward, attend_backward)
 def attend_to_cache(q, k, v, cache, pos):
     """Attention of one token, q, k and v (B, nh, 1, hs), to itself and to the first pos tokens in the cache, a pair of
     (B, nh, S, hs). The cache is read before it is updated: the other way round XLA's CPU code copies it twice."""
-    scores = jnp.concatenate([jnp.where(jnp.arange(cache[0].shape[2]) < pos, jnp.einsum('bhtd,bhsd->bhts', q, cache[0]), -1e30),
-                              jnp.einsum('bhtd,bhsd->bhts', q, k)], axis=-1).astype(jnp.float32) / math.sqrt(q.shape[-1])
-    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    s = jnp.concatenate([jnp.where(jnp.arange(cache[0].shape[2]) < pos, jnp.einsum('bhtd,bhsd->bhts', q, cache[0]), -1e30),
+                         jnp.einsum('bhtd,bhsd->bhts', q, k)], axis=-1).astype(jnp.float32) / math.sqrt(q.shape[-1])
+    probs = jax.nn.softmax(s, axis=-1).astype(q.dtype)
     return jnp.einsum('bhts,bhsd->bhtd', probs[..., :-1], cache[1]) + probs[..., -1:] * v
 
 
@@ -245,7 +246,7 @@ class Attention(nnx.Module):
             y = jax.nn.dot_product_attention(*(a.transpose(0, 2, 1, 3) for a in (q, k, v)), is_causal=True, implementation='cudnn')
             y = y.transpose(0, 2, 1, 3)
         else:
-            y = attend(q, k, v, self.rate, keys[0])
+            y = attend(q, k, v, 0 if key is None else self.rate, keys[0])
         y = y.transpose(0, 2, 1, 3).reshape(N, C)
         return dropout(self.c_proj(y), self.rate, keys[1]), (k, v)
 
@@ -369,8 +370,8 @@ def join(trained, frozen):
 def merge_lora(params, config):
     """The parameters of a model without adapters that computes the same: they are added to the weights."""
     flat = flatten_mapping(params)
-    product = lambda a, b: jnp.tensordot(a, b, 1, precision='highest') * (config.lora_alpha / config.lora_rank)
-    merged = {path: x + product(flat[*path[:-1], 'lora_A'], flat[*path[:-1], 'lora_B'])
+    delta = lambda a, b: jnp.tensordot(a, b, 1, precision='highest') * (config.lora_alpha / config.lora_rank)
+    merged = {path: x + delta(flat[*path[:-1], 'lora_A'], flat[*path[:-1], 'lora_B'])
               if path[-1] == 'weight' and (*path[:-1], 'lora_A') in flat else x
               for path, x in flat.items() if path[-1] not in ('lora_A', 'lora_B')}
     return unflatten_mapping(merged)
@@ -391,12 +392,15 @@ PEAK_FLOPS = {'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e1
               'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5p': 459e12, 'TPU v6 lite': 918e12}
 
 
+def flops_per_token(config, n_params):
+    """Of a training step (PaLM's appendix B): 6 a parameter, and 12 L C T for attention."""
+    return 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
+
+
 def estimate_mfu(config, n_params, tokens_per_second, devices):
-    """Model FLOPs utilisation: the share of the devices' peak, or None where that is unknown. PaLM's appendix B:
-    6 FLOPs a parameter and token, and 12 L C T a token for attention."""
+    """Model FLOPs utilisation: the share of the devices' peak, or None where that is unknown."""
     peak = next((flops for kind, flops in PEAK_FLOPS.items() if devices[0].device_kind.startswith(kind)), None)
-    flops_per_token = 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
-    return peak and flops_per_token * tokens_per_second / (peak * len(devices))
+    return peak and flops_per_token(config, n_params) * tokens_per_second / (peak * len(devices))
 
 
 # -----------------------------------------------------------------------------
@@ -506,6 +510,11 @@ def shardings(state, mesh, fsdp=False):
     return jax.tree_util.tree_map_with_path(one, state)
 
 
+def place(state, where):
+    """An abstract state with these shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
+
+
 def on_one_device(state):
     """The shardings that put each array on the first device."""
     return jax.tree.map(lambda x: SingleDeviceSharding(jax.devices()[0]), state)
@@ -553,8 +562,8 @@ def gpt2_config(folder):
 
 
 def open_gpt2(name_or_directory):
-    """(config, read) of one of GPT2 or of a directory in its format. read(block_size, place) gives the parameters with the
-    first block_size positions, each array read slice by slice to where it belongs: place(abstract parameters) are the
+    """(config, read) of one of GPT2 or of a directory in its format. read(block_size, where) gives the parameters with the
+    first block_size positions, each array read slice by slice to where it belongs: where(abstract parameters) are the
     shardings, by default the first device. Raises ValueError naming a tensor that is missing, unexpected or of another shape."""
     from safetensors import SafetensorError, safe_open
     folder = fetch_gpt2(name_or_directory) if name_or_directory in GPT2 else Path(name_or_directory)
@@ -585,7 +594,7 @@ def open_gpt2(name_or_directory):
         if not (zero or name == 'lm_head.weight' or name.endswith(('.attn.bias', '.attn.masked_bias'))):
             raise ValueError(f'{folder} has a tensor that is not of this model: {name}')
 
-    def read(block_size=None, place=on_one_device):
+    def read(block_size=None, where=on_one_device):
         if block_size and block_size > config.block_size:
             raise ValueError(f'block_size = {block_size}: {name_or_directory} has {config.block_size} positions')
         abstract = jax.eval_shape(lambda: init_params(replace(config, block_size=block_size or config.block_size), 0))
@@ -599,7 +608,7 @@ def open_gpt2(name_or_directory):
                 return np.asarray(tensor[:].reshape(x.shape)[index] if whole else tensor[index], np.float32)
             return jax.make_array_from_callback(x.shape, sharding, part)
 
-        return jax.tree_util.tree_map_with_path(one, abstract, place(abstract))
+        return jax.tree_util.tree_map_with_path(one, abstract, where(abstract))
     return config, read
 
 
@@ -641,6 +650,11 @@ def open_dataset(folder, block_size):
         if (highest := int(data[split][:10**8].max())) >= meta['vocab_size']:  # more of it would take a while; load() looks too
             raise ValueError(f'{path} holds token {highest}, but the vocabulary has {meta["vocab_size"]}; prepare the dataset again')
     return data, meta
+
+
+def padded(vocab_size):
+    """GPT-2's 50257 becomes 50304, a multiple of 64, for faster products: the rows that are too many are never a target."""
+    return -(-vocab_size // 64) * 64 if vocab_size > 1024 else vocab_size
 
 
 def micro_batches(n, batch_size, n_devices):
@@ -792,11 +806,16 @@ def train_step(state, tokens, lr, key, config, tx, mesh=None, fsdp=False):
             {'loss': loss, 'grad_norm': grad_norm, 'skipped': skipped, 'skipped_in_a_row': in_a_row})
 
 
+def lower_step(state, shape, mesh, config, tx, fsdp=False):
+    """train_step for a (possibly abstract) state and batches of `shape` = (G, B), to be compiled."""
+    tokens = jax.ShapeDtypeStruct((*shape, config.block_size + 1), np.uint16, sharding=NamedSharding(mesh, P(None, 'data')))
+    return train_step.lower(state, tokens, 0.0, jax.random.key(0), config=config, tx=tx, mesh=mesh, fsdp=fsdp)
+
+
 def compile_step(state, shape, mesh, config, tx, fsdp=False):
     """train_step compiled for a state and batches of `shape` = (G, B): a function of (state, tokens, lr, key). Raises
     MemoryError where it would not fit a device: on a CPU the system would end the process without a word."""
-    tokens = jax.ShapeDtypeStruct((*shape, config.block_size + 1), np.uint16, sharding=NamedSharding(mesh, P(None, 'data')))
-    step = train_step.lower(state, tokens, 0.0, jax.random.key(0), config=config, tx=tx, mesh=mesh, fsdp=fsdp).compile()
+    step = lower_step(state, shape, mesh, config, tx, fsdp).compile()
     if config.flash and '__cudnn$fmha' not in step.as_text():
         raise ValueError('flash = True: the compiled step has no FlashAttention in it')
     device, use = mesh.devices.flat[0], step.memory_analysis()

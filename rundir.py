@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
 
 from model import (GPT2, GPT2_META, GPTConfig, build, divide, init_params, join, merge_lora, on_one_device, open_gpt2,
-                   read_json)
+                   place, read_json)
 
 
 def write(path, text):
@@ -177,9 +177,9 @@ def open_run(out_dir, checkpoint='best'):
     if name := damage(folder):
         raise ValueError(f'{folder} is damaged ({name}); there are checkpoints {steps}, and the keys --checkpoint=best and =latest')
 
-    def read(block_size=None, place=on_one_device):
+    def read(block_size=None, where=on_one_device):
         abstract = jax.eval_shape(lambda: init_params(config, 0))
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, place(abstract))
+        abstract = place(abstract, where(abstract))
         trained, frozen = divide(abstract, config)
         params = join(ocp.StandardCheckpointer().restore(folder / 'params', trained), load_base(out_dir, frozen))
         if not config.lora_rank and block_size in (None, config.block_size):
@@ -188,7 +188,7 @@ def open_run(out_dir, checkpoint='best'):
         def merge_and_crop(params):
             params = merge_lora(params, config)
             return params | {'wpe': {'weight': params['wpe']['weight'][:block_size]}}
-        return jax.jit(merge_and_crop, out_shardings=place(jax.eval_shape(merge_and_crop, abstract)))(params)
+        return jax.jit(merge_and_crop, out_shardings=where(jax.eval_shape(merge_and_crop, abstract)))(params)
 
     return replace(config, lora_rank=0), meta, read
 

@@ -23,8 +23,8 @@ from jax.sharding import AxisType
 from safetensors.numpy import save_file
 
 from model import (GPT, GPTConfig, build, divide, estimate_mfu, eval_starts, eval_step, generate, get_lr, init_params, init_state,
-                   join, load, lora_table, loss_fn, make_optimizer, merge_lora, micro_batches, num_params, open_gpt2, pick, shardings,
-                   stream, train_starts, train_step)
+                   join, load, lora_table, loss_fn, make_optimizer, merge_lora, micro_batches, num_params, open_gpt2, pick, place,
+                   shardings, stream, train_starts, train_step)
 from rundir import Checkpoints, open_model, tokenizer
 
 jax.config.update('jax_num_cpu_devices', 8)  # simulated ones, for meshes
@@ -563,7 +563,7 @@ def start_on(mesh):
     init = lambda: init_state(WIDE, tx, 0)
     abstract = jax.eval_shape(init)
     where = shardings(abstract, mesh, fsdp)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
+    abstract = place(abstract, where)
     text = np.random.default_rng(0).integers(64, size=1000).cumsum().astype(np.uint16) % 64
 
     def go_on(state, first, last):

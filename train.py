@@ -88,7 +88,7 @@ from tqdm import tqdm
 
 from model import (GPTConfig, build, compile_step, estimate_mfu, eval_starts, eval_step, find_devices, generate, get_lr,
                    init_state, join, keep_compiled, load, lora_table, make_optimizer, meet, micro_batches, num_params,
-                   open_dataset, over_processes, read_json, shardings, train_starts, train_step)
+                   open_dataset, over_processes, padded, place, read_json, shardings, train_starts, train_step)
 from rundir import Checkpoints, Log, clear, open_model, save_base, take, tokenizer, write
 
 # -----------------------------------------------------------------------------
@@ -178,8 +178,7 @@ with refuse(ValueError, OSError):
 known = saved if init_from == 'resume' else source_meta if source else meta
 if any(meta[k] != known[k] for k in ('vocab_size', 'tokenizer')):
     fail(f'dataset = {dataset!r} has another vocabulary than ' + (init_from if source else f'the run in {out_dir}'))
-# GPT-2's 50257 becomes 50304, a multiple of 64, for faster products: the rows that are too many are never a target
-vocab_size = -(-meta['vocab_size'] // 64) * 64 if meta['vocab_size'] > 1024 else meta['vocab_size']
+vocab_size = padded(meta['vocab_size'])
 if source or init_from == 'resume':  # these have what they have: a row of zeros would be the likeliest token of GPT-2
     vocab_size = source.vocab_size if source else saved['model_args']['vocab_size']
 batch_shape = micro_batches(gradient_accumulation_steps * batch_size, batch_size, mesh_data)
@@ -197,7 +196,7 @@ tx = make_optimizer(beta1, beta2, weight_decay, grad_clip)
 init = lambda: init_state(model_config, tx, seed)
 abstract = jax.eval_shape(init)
 where = shardings(abstract, mesh, fsdp)
-abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
+abstract = place(abstract, where)
 
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 n_params = num_params(join(abstract['params'], abstract['base']))

@@ -5,7 +5,7 @@ OpenWebText in GPT-2's byte pair encoding, for training GPT-2: 9.0B tokens of 8 
     python data/openwebtext/prepare.py --files DIR     # a folder of parquet files, instead of the Hugging Face hub's
 
 Downloads 24 GB, which the library `datasets` unpacks to 40 GB, both in ~/.cache/huggingface, and writes 18 GB here. Takes
-0.3 GB of memory, and about 40 minutes with two processes, downloading aside. Writes train.bin, val.bin (uint16 ids) and
+up to 1.3 GB of memory, and about 40 minutes with two processes, downloading aside. Writes train.bin, val.bin (uint16 ids) and
 meta.json.
 """
 import sys

@@ -5,7 +5,7 @@ TinyStories in GPT-2's byte pair encoding: 2.1 million stories for children aged
     python data/tinystories/prepare.py --files DIR     # a folder of parquet files, instead of the Hugging Face hub's
 
 Downloads 1 GB, which the library `datasets` unpacks to 2 GB, both in ~/.cache/huggingface, and writes 1 GB here. Takes
-0.3 GB of memory, and about 2 minutes with two processes, downloading aside. Writes train.bin, val.bin (uint16 ids) and
+up to 1.3 GB of memory, and about 2 minutes with two processes, downloading aside. Writes train.bin, val.bin (uint16 ids) and
 meta.json.
 """
 import sys
