@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from model import (GPTConfig, cast, compile_step, decode, estimate_mfu, find_devices, flops_per_token, init_params, init_state, load, lower_step,
+from model import (GPTConfig, best_dtype, cast, compile_step, decode, estimate_mfu, find_devices, flops_per_token, init_params, init_state, load, lower_step,
                    make_optimizer, micro_batches, num_params, open_dataset, padded, place, prefill, shardings, train_starts)
 
 tx = make_optimizer(beta1, beta2, weight_decay, grad_clip)
@@ -85,7 +85,7 @@ def gemm_flops(dtype):
     """FLOP/s of a square matrix product, the best of some."""
     n = 2048 if jax.default_backend() == 'cpu' else 8192
     a = jnp.ones((n, n), dtype)
-    product = jax.jit(lambda a: a @ a)
+    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     return 2 * n**3 / min(measure(lambda: product(a)))
 
 
@@ -103,7 +103,7 @@ def peak_memory(device):
 def train():
     """An iteration, from the loader's arrays to the updated state."""
     devices = find_devices(device)
-    config = model_config(dtype=dtype or ('float32' if devices[0].platform == 'cpu' else 'bfloat16'))
+    config = model_config(dtype=dtype or best_dtype(devices))
     mesh, shape = mesh_and_shape(len(devices) // mesh_tensor if mesh_data == -1 else mesh_data, mesh_tensor)
     init = lambda: init_state(config, tx, 0)
     abstract = jax.eval_shape(init)
@@ -144,7 +144,7 @@ def train():
 def sample():
     """Prefill of half a context and decode of up to 100 tokens after it, at batch 1 and at a large one, greedily."""
     devices = find_devices(device)
-    config = model_config(dtype=dtype or ('float32' if devices[0].platform == 'cpu' else 'bfloat16'), dropout=0.0, flash=False)
+    config = model_config(dtype=dtype or best_dtype(devices), dropout=0.0, flash=False)
     params = cast(jax.jit(lambda: init_params(config, 0))(), config)
     held, speed, rows = sum(x.nbytes for x in jax.tree.leaves(params)), bandwidth(), []
     n = max(block_size // 2, 1)

@@ -26,6 +26,7 @@ import optax
 from flax import nnx
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
 # -----------------------------------------------------------------------------
@@ -41,12 +42,17 @@ class GPTConfig:
     n_embd: int
     dropout: float = 0.0
     bias: bool = False  # biases in Linears and LayerNorms: GPT-2 has them; without them it is a bit better and faster
-    dtype: str = 'float32'  # of activations; parameters are float32, and so are norms, softmax and loss
+    dtype: str = 'float32'  # of activations, on CPUs of the factors of products only; parameters, norms, softmax and loss are float32
     flash: bool = False  # cuDNN's FlashAttention instead of attend()'s own, on NVIDIA GPUs
     remat: bool = False  # compute each block's activations again in the backward pass instead of keeping them (XLA's CPU compiler keeps them)
     loss_chunks: int = 1  # compute the logits of so many parts of the tokens one after the other, and again in the backward pass
     lora_rank: int = 0  # above 0, every Linear is frozen and trained through a product A B of this rank (LoRA)
     lora_alpha: float = 16.0  # A B counts lora_alpha / lora_rank
+
+    @property
+    def stream_dtype(self):
+        """Of activations on their way between products. XLA's CPU code is fast at products of bfloat16, and slow at all else."""
+        return 'float32' if jax.default_backend() == 'cpu' and self.dtype == 'bfloat16' else self.dtype
 
     def __post_init__(self):
         for name, high in dict(block_size=2**24, vocab_size=2**24, n_layer=1000, n_head=10**4, n_embd=10**6).items():
@@ -81,21 +87,34 @@ def init_table(config):
 # optimization_barrier() is the identity: what comes out of it is computed there, and not merged with an earlier computation.
 
 
-@jax.custom_vjp
-def product(x, w):
-    """x (N, in) times w (in, *out)."""
-    return jnp.tensordot(x, w, 1)
+@jax.jit
+def transposed(x):
+    """x (..., m, n) as (..., n, m); on a CPU a copy, because XLA's products are slow where the left side's rows do not lie
+    side by side, and there are none of bfloat16."""
+    y = x.swapaxes(-1, -2)
+    return with_layout_constraint(y, Layout(tuple(range(y.ndim)))) if jax.default_backend() == 'cpu' else y
 
 
-def product_backward(saved, dy):
-    (x, w), dy = jax.lax.optimization_barrier((saved, dy))  # or what made x would be computed again, element by element, to transpose it
-    # XLA's CPU code for a product with a transposed left side is slow: it takes 1.25 times as long as transposing and this
-    xT = jax.lax.optimization_barrier(x.T) if jax.default_backend() == 'cpu' else x.T
-    out = tuple(range(1, w.ndim))
-    return jnp.tensordot(dy, w, (out, out)), jnp.tensordot(xT, dy, 1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x, w, dtype, axis=0):
+    """x (N, in) times w (in, *out), in the type of x: the sum of products of factors in `dtype`. With axis = 1, w is (out, in)."""
+    return product_forward(x, w, dtype, axis)[0]
 
 
-product.defvjp(lambda x, w: (product(x, w), (x, w)), product_backward)
+def product_forward(x, w, dtype, axis):
+    saved = x.astype(dtype), w.astype(dtype)
+    return jnp.tensordot(*saved, (1, axis), preferred_element_type=x.dtype), saved
+
+
+def product_backward(dtype, axis, saved, dy):
+    # the barriers: or what made x would be computed again, element by element, to transpose it; and the last .T would be done first
+    (x, w), factor = jax.lax.optimization_barrier((saved, dy.astype(dtype)))
+    dx = jnp.tensordot(factor, w, ([*range(1, dy.ndim)], [a for a in range(w.ndim) if a != axis]), preferred_element_type=dy.dtype)
+    dw = jax.lax.optimization_barrier(jnp.tensordot(transposed(x), factor, 1, preferred_element_type=jnp.float32))
+    return dx, dw.T if axis else dw
+
+
+product.defvjp(product_forward, product_backward)
 
 
 class Linear(nnx.Module):
@@ -108,10 +127,10 @@ class Linear(nnx.Module):
         if rank := config.lora_rank:
             self.lora_A = nnx.Param(init['lora_A'](rngs.params(), (shape[0], rank)))
             self.lora_B = nnx.Param(init['lora_B'](rngs.params(), (rank, *shape[1:])))
-        self.lora_scale = config.lora_alpha / rank if rank else 0
+        self.lora_scale, self.dtype = config.lora_alpha / rank if rank else 0, config.dtype
 
     def __call__(self, x):
-        y = product(x, self.weight[...].astype(x.dtype))
+        y = product(x, self.weight[...], self.dtype)
         if self.lora_scale:
             y += self.lora_scale * jnp.tensordot(x @ self.lora_A[...].astype(x.dtype), self.lora_B[...].astype(x.dtype), 1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
@@ -162,56 +181,59 @@ def dropout(x, rate, key):
 
 
 def scores(q, k, pos):
-    """(B, nh, T, S) in float32, for q (B, nh, T, hs) at positions pos, pos + 1, ... and k (B, nh, S, hs): none for what comes later."""
-    s = jnp.einsum('bhtd,bhsd->bhts', q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    return jnp.where(jnp.arange(k.shape[2]) <= pos + jnp.arange(q.shape[2])[:, None], s, -1e30)
+    """(B, nh, S, T) in float32, for q (B, nh, T, hs) at positions pos, pos + 1, ... and k (B, nh, S, hs): none for what comes later."""
+    s = jnp.einsum('bhsd,bhtd->bhst', k, q, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    return jnp.where(jnp.arange(k.shape[2])[:, None] <= pos + jnp.arange(q.shape[2]), s, -1e30)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5))
-def attend(q, k, v, rate, key, block=256):
-    """Causal attention of a sequence to itself: q, k, v and the result are (B, nh, T, hs). A block of queries needs no keys
-    that come after it: for 1024 tokens that is 3/8 less to compute. With a rate of 0 there is no dropout, and no need of a key."""
-    return attend_forward(q, k, v, rate, key, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5, 6))
+def attend(q, k, v, rate, key, dtype, block=256):
+    """Causal attention of a sequence to itself: q, k, v and the result are (B, nh, T, hs), the factors of products in dtype.
+    A block of queries needs no keys that come after it: for 1024 tokens that is 3/8 less to compute. With a rate of 0 there
+    is no dropout, and no need of a key. Keys come before queries: so only q and v need to be transposed for products."""
+    return attend_forward(q, k, v, rate, key, dtype, block)[0]
 
 
-def attend_forward(q, k, v, rate, key, block):
-    ys, saved = [], []
+def attend_forward(q, k, v, rate, key, dtype, block):
+    out, (q, k, v) = q.dtype, (a.astype(dtype) for a in (q, k, v))
+    ys, saved, vT = [], [], transposed(v)
     for t in range(0, q.shape[2], block):
         s = scores(q[:, :, t:t + block], k[:, :, :t + block], t)
-        lse = jax.nn.logsumexp(s, -1, keepdims=True)
-        p = jnp.exp(s - lse).astype(q.dtype)
+        lse = jax.nn.logsumexp(s, -2, keepdims=True)
+        p = jnp.exp(s - lse).astype(dtype)
         if rate:  # what is dropped is kept with a minus: the backward pass needs it, too
             p = jnp.where(kept(jax.random.fold_in(key, t), rate, p.shape), p, -p)
             saved.append(p)
             p = jnp.maximum(p, 0) / (1 - rate)
         else:
             saved.append(lse)  # that is enough to compute p again, as FlashAttention does
-        ys.append(jnp.einsum('bhts,bhsd->bhtd', p, v[:, :, :t + block]))
-    y = jnp.concatenate(ys, axis=2)
+        ys.append(jnp.einsum('bhds,bhst->bhdt', vT[..., :t + block], p, preferred_element_type=out))
+    y = jax.lax.optimization_barrier(jnp.concatenate(ys, axis=-1)).swapaxes(2, 3)
     return y, (q, k, v, y, saved)
 
 
-def attend_backward(rate, block, saved, dy):
+def attend_backward(rate, dtype, block, saved, dy):
     (q, k, v, y, saved), dy = jax.lax.optimization_barrier((saved, dy))
-    mean = (dy * y).astype(jnp.float32).sum(-1, keepdims=True)  # of dp, weighted with p
+    out, mean = dy.dtype, (dy * y).astype(jnp.float32).sum(-1)[:, :, None]  # of dp, weighted with p
     if not rate:  # XLA computes as soon as it can: a p that needs no dy it would make, and keep, in the forward pass
-        q = q + (0 * mean).astype(q.dtype)
-    dq, dk, dv = [], None, None
+        q = q + (0 * mean[:, :, 0, :, None]).astype(dtype)
+    dq, dk, dv, dy, kT = [], None, None, dy.astype(dtype), transposed(k)
     for i, part in reversed(list(enumerate(saved))):
         t, end = i * block, (i + 1) * block
         qt, kt, vt, dyt = q[:, :, t:end], k[:, :, :end], v[:, :, :end], dy[:, :, t:end]
-        dp = jnp.einsum('bhtd,bhsd->bhts', dyt, vt, preferred_element_type=jnp.float32)
+        dp = jnp.einsum('bhsd,bhtd->bhst', vt, dyt, preferred_element_type=jnp.float32)
         if rate:
             p = jnp.maximum(part, 0) / (1 - rate)
-            ds = p * dp - jnp.abs(part) * mean[:, :, t:end]
+            ds = p * dp - jnp.abs(part) * mean[..., t:end]
         else:
-            p = jnp.exp(scores(qt, kt, t) - part).astype(q.dtype)
-            ds = p * (dp - mean[:, :, t:end])
-        ds = (ds / math.sqrt(q.shape[-1])).astype(q.dtype)
-        dq.append(jnp.einsum('bhts,bhsd->bhtd', ds, kt))
-        dkt, dvt = jnp.einsum('bhts,bhtd->bhsd', ds, qt), jnp.einsum('bhts,bhtd->bhsd', p, dyt)
+            p = jnp.exp(scores(qt, kt, t) - part)
+            ds = p * (dp - mean[..., t:end])
+        p, ds = p.astype(dtype), (ds / math.sqrt(q.shape[-1])).astype(dtype)
+        dq.append(jnp.einsum('bhds,bhst->bhdt', kT[..., :end], ds, preferred_element_type=out))
+        dkt = jnp.einsum('bhst,bhtd->bhsd', ds, qt, preferred_element_type=out)
+        dvt = jnp.einsum('bhst,bhtd->bhsd', p, dyt, preferred_element_type=out)
         dk, dv = (dkt, dvt) if dk is None else (dk.at[:, :, :end].add(dkt), dv.at[:, :, :end].add(dvt))
-    return jnp.concatenate(dq[::-1], axis=2), dk, dv, None
+    return jax.lax.optimization_barrier(jnp.concatenate(dq[::-1], axis=-1)).swapaxes(2, 3), dk, dv, None
 
 
 attend.defvjp(attend_forward, attend_backward)
@@ -229,7 +251,7 @@ def attend_to_cache(q, k, v, cache, pos):
 class Attention(nnx.Module):
     def __init__(self, config, rngs):
         C = config.n_embd
-        self.n_head, self.rate, self.flash = config.n_head, config.dropout, config.flash
+        self.n_head, self.rate, self.dtype, self.flash = config.n_head, config.dropout, config.dtype, config.flash
         self.c_attn = Linear((C, 3, C), config, rngs)
         self.c_proj = Linear((C, C), config, rngs, 'residual')
 
@@ -246,7 +268,7 @@ class Attention(nnx.Module):
             y = jax.nn.dot_product_attention(*(a.transpose(0, 2, 1, 3) for a in (q, k, v)), is_causal=True, implementation='cudnn')
             y = y.transpose(0, 2, 1, 3)
         else:
-            y = attend(q, k, v, 0 if key is None else self.rate, keys[0])
+            y = attend(q, k, v, 0 if key is None else self.rate, keys[0], self.dtype)
         y = y.transpose(0, 2, 1, 3).reshape(N, C)
         return dropout(self.c_proj(y), self.rate, keys[1]), (k, v)
 
@@ -309,7 +331,7 @@ class GPT(nnx.Module):
         B, T = idx.shape
         keys = [None] * (1 + len(self.h)) if key is None else jax.random.split(key, 1 + len(self.h))
         wpe = jax.lax.dynamic_slice_in_dim(self.wpe.weight[...], pos, T)
-        x = (self.wte.weight[...][idx] + wpe).astype(self.config.dtype)
+        x = (self.wte.weight[...][idx] + wpe).astype(self.config.stream_dtype)
         # Tokens are flattened to (N, C) outside attention: XLA's CPU code for 3-D products is up to three times slower.
         x = dropout(x, self.config.dropout, keys[0]).reshape(B * T, -1)
         new_cache = []
@@ -321,7 +343,7 @@ class GPT(nnx.Module):
 
     def head(self, x):
         """Logits (N, V) of features (N, C)."""
-        return jnp.einsum('nc,vc->nv', x, self.wte.weight[...].astype(x.dtype))
+        return product(x, self.wte.weight[...], self.config.dtype, 1)
 
     def __call__(self, idx, key=None):
         """Logits (B, T, V) for tokens idx (B, T); dropout only where a key is given."""
@@ -450,6 +472,14 @@ def find_devices(kind=''):
         return jax.devices()
     except (RuntimeError, AssertionError):
         raise ValueError(f"device = {kind!r}: JAX finds none here; README.md says what to install for a GPU or a TPU") from None
+
+
+def best_dtype(devices):
+    """The dtype to train in: bfloat16, but float32 on CPUs that have no instructions for products of it."""
+    try:
+        return 'bfloat16' if devices[0].platform != 'cpu' or ' avx512_bf16 ' in Path('/proc/cpuinfo').read_text() else 'float32'
+    except OSError:
+        return 'float32'
 
 
 def make_optimizer(beta1, beta2, weight_decay, grad_clip):
@@ -855,8 +885,8 @@ def pick(logits, key, temperature, top_k, top_p):
 
 
 def cast(params, config):
-    """The matrices in the type that the model computes in: every token reads all of them."""
-    return jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
+    """The matrices in the type that decode() computes in: every token reads all of them."""
+    return jax.tree.map(lambda x: x.astype(config.stream_dtype) if x.ndim > 1 else x, params)
 
 
 @functools.partial(jax.jit, static_argnames='config')
@@ -869,7 +899,7 @@ def prefill(params, window, config):
 def decode(params, window, cache, done, pos, stop, made, key, config, eot, n_vocab, how):
     """Fills window[:, pos:stop], token by token, and the cache with it. Rows in done (B,) have met `eot` and repeat it.
     The key is folded with the number of tokens made so far, so it does not matter in how many calls they are made."""
-    model = build(config, params)
+    model = build(replace(config, dtype=config.stream_dtype), params)
 
     def body(carry):
         window, cache, done, pos, made = carry

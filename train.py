@@ -65,7 +65,7 @@ overwrite = False  # start from scratch even where out_dir holds a run
 seed = 1337
 device = ''  # 'cpu', 'gpu' or 'tpu'; '': the best that JAX finds
 debug_nans = False  # stop at the operation that makes the first NaN, with a traceback; slow
-dtype = ''  # of activations: 'float32', 'bfloat16', or 'float16' with a dynamic loss scale; '': bfloat16 on GPU and TPU, float32 on CPU
+dtype = ''  # of products: 'float32', 'bfloat16', or 'float16' with a dynamic loss scale; '': bfloat16, but float32 on CPUs that are not made for it
 flash = False  # cuDNN's FlashAttention, on NVIDIA GPUs; wants dropout = 0.0
 remat = False  # less memory on GPU and TPU, a third more computing: activations are computed again in the backward pass
 loss_chunks = 1  # less memory: the logits of so many parts of the tokens are computed one after the other
@@ -86,7 +86,7 @@ import numpy as np
 from jax.sharding import AxisType
 from tqdm import tqdm
 
-from model import (GPTConfig, build, compile_step, estimate_mfu, eval_starts, eval_step, find_devices, generate, get_lr,
+from model import (GPTConfig, best_dtype, build, compile_step, estimate_mfu, eval_starts, eval_step, find_devices, generate, get_lr,
                    init_state, join, keep_compiled, load, lora_table, make_optimizer, meet, micro_batches, num_params,
                    open_dataset, over_processes, padded, place, read_json, shardings, train_starts, train_step)
 from rundir import Checkpoints, Log, clear, open_model, save_base, take, tokenizer, write
@@ -154,7 +154,7 @@ mesh_data = len(devices) // mesh_tensor if mesh_data == -1 else mesh_data
 if mesh_data * mesh_tensor != len(devices):
     fail(f'mesh_data = {mesh_data} times mesh_tensor = {mesh_tensor} is not {len(devices)}, the number of devices')
 mesh = jax.make_mesh((mesh_data, mesh_tensor), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
-dtype = dtype or ('float32' if devices[0].platform == 'cpu' else 'bfloat16')
+dtype = dtype or best_dtype(devices)
 
 # -----------------------------------------------------------------------------
 # weights that somebody trained: the model is as it was, but for what finetuning may change
@@ -201,7 +201,7 @@ abstract = place(abstract, where)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 n_params = num_params(join(abstract['params'], abstract['base']))
 print(f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh data={mesh_data} tensor={mesh_tensor}')
-print(f'number of parameters: {n_params / 1e6:.2f}M, activations in {dtype}')
+print(f'number of parameters: {n_params / 1e6:.2f}M, products in {dtype}')
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
 if lora_rank:
     print(lora_table(abstract['params'], abstract['base'], model_config))
