@@ -92,7 +92,11 @@ def transposed(x):
     """x (..., m, n) as (..., n, m); on a CPU a copy, because XLA's products are slow where the left side's rows do not lie
     side by side, and there are none of bfloat16."""
     y = x.swapaxes(-1, -2)
-    return with_layout_constraint(y, Layout(tuple(range(y.ndim)))) if jax.default_backend() == 'cpu' else y
+    if jax.default_backend() != 'cpu':
+        return y
+    if jax.device_count() > 1:  # XLA would gather an array before it constrains its layout
+        return jax.lax.optimization_barrier(y)
+    return with_layout_constraint(y, Layout(tuple(range(y.ndim))))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -263,7 +267,8 @@ class Attention(nnx.Module):
         q, k, v = (a[0] for a in jnp.split(qkv.transpose(2, 0, 3, 1, 4), 3))
         if cache is not None:
             y = attend_to_cache(q, k, v, cache, pos)
-            k, v = (jax.lax.dynamic_update_slice(old, new, (0, 0, pos, 0)) for old, new in zip(cache, (k, v)))
+            # + 0 * y: after all of the cache has been read, so that XLA updates it where it is and does not copy it
+            k, v = (jax.lax.dynamic_update_slice(old, new + 0 * y, (0, 0, pos, 0)) for old, new in zip(cache, (k, v)))
         elif self.flash:  # cuDNN wants (B, T, nh, hs)
             y = jax.nn.dot_product_attention(*(a.transpose(0, 2, 1, 3) for a in (q, k, v)), is_causal=True, implementation='cudnn')
             y = y.transpose(0, 2, 1, 3)

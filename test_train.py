@@ -443,6 +443,17 @@ def test_gradients_that_are_not_finite_end_the_run_and_spare_the_parameters(repo
     assert 'FloatingPointError' in error and 'model.py' in error
 
 
+@pytest.mark.parametrize('more', [[], ['--n_head=3', '--n_embd=33', '--block_size=15', '--dropout=0.0', '--bias=True'],
+                                  ['--n_head=4', '--n_embd=128', '--block_size=64', '--learning_rate=1e-3']])
+def test_bfloat16_trains_like_float32(repo, more):
+    curves = []
+    for dtype in ('float32', 'bfloat16'):
+        run(repo, 'train.py', *TINY, *more, f'--dtype={dtype}', f'--out_dir={dtype}', '--overwrite=True')
+        curves.append([float(row['loss']) for row in log_of(repo / dtype) if row['loss']])
+    assert 0 < np.abs(np.subtract(*curves)).max() < 0.02
+    run(repo, 'sample.py', '--out_dir=bfloat16', '--num_samples=1', '--max_new_tokens=30')
+
+
 def test_float16_trains(repo):
     out = run(repo, 'train.py', *TINY, '--dtype=float16', '--out_dir=half', '--max_iters=40', '--lr_decay_iters=40')
     losses = [float(x) for x in re.findall(r'^step \d+: train loss (\S+),', out, re.MULTILINE)]
@@ -525,6 +536,7 @@ def test_the_gradients_are_reduced_once_an_iteration(repo):
     assert r['optimizer_bytes_per_device'] < 2 * r['parameters'] * 4 / 7
     r = json.loads(run(repo, 'bench.py', *args, '--mesh_data=4', '--mesh_tensor=2'))
     assert [c['count'] for c in r['collectives'] if c['kind'] == 'all-reduce' and not c['inside_loop']] == [1]
+    assert {c['kind'] for c in r['collectives']} == {'all-reduce'}  # the tensor axis gathers nothing
     table = run(repo, 'bench.py', *args, '--json=False')
     assert re.search(r'all-reduce +no +1 ', table) and 'computed, not measured' in table
 

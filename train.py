@@ -332,8 +332,7 @@ def asked():
 
 key = jax.random.key(seed)
 first_iter, running_mfu, pending = iter_num, None, None
-start_time = last_time = time.time()
-last_plot = 0
+start_time = last_time = last_plot = time.time()
 bar = tqdm(total=max_iters + 1, initial=iter_num, unit='it', disable=None, dynamic_ncols=True)
 try:
     while iter_num <= max_iters or eval_only:
