@@ -220,7 +220,7 @@ def comm():
     jax.config.update('jax_num_cpu_devices', D * mesh_tensor)
     devices = find_devices('cpu')
     mesh, shape = mesh_and_shape(D, mesh_tensor)
-    config = model_config(dtype='float32', flash=False)  # XLA's CPU code has no other: bfloat16 halves what the tensor axis sends
+    config = model_config(dtype='float32', flash=False)  # as activations are on any CPU: in bfloat16 the tensor axis sends half
     abstract = jax.eval_shape(lambda: init_state(config, tx, 0))
     abstract = place(abstract, shardings(abstract, mesh, fsdp))
     step = lower_step(abstract, shape, mesh, config, tx, fsdp).compile()

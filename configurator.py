@@ -116,8 +116,8 @@ globals().update(config)
 
 # XLA's CPU client takes its scratch memory anew at every step and gives it back, and then page faults cost as much as
 # the maths. Huge pages and a heap that is kept take a step at the sizes of config/laptop.py from 30 to 18 ms and one
-# at those of train_shakespeare_char.py, without dropout, from 7.3 to 4.2 s (two cores). glibc reads these settings when a process starts, so the
-# script starts once more, in its own place; elsewhere they mean nothing.
+# at those of train_shakespeare_char.py, without dropout, from 7.3 to 4.2 s (two cores). glibc reads these settings when
+# a process starts, so the script starts once more, in its own place; elsewhere they mean nothing.
 if __name__ == '__main__' and sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
     os.environ['GLIBC_TUNABLES'] = ':'.join(f'glibc.malloc.{setting}' for setting in (
         'hugetlb=1', 'mmap_max=0', 'trim_threshold=2147483647'))

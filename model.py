@@ -83,7 +83,8 @@ def init_table(config):
 
 
 # The functions with a backward pass of their own compute what automatic differentiation would, and keep and move less memory:
-# for GPT-2 (124M) at B = 1 on a CPU, a step takes 0.84 of the time and 0.6 of the scratch memory (BENCHMARKS.md has the parts).
+# for GPT-2 (124M) at B = 1 on a CPU, a step takes 0.84 of the time and 0.6 of the scratch memory, and with factors of bfloat16
+# 0.45 of the time (BENCHMARKS.md has the parts).
 # optimization_barrier() is the identity: what comes out of it is computed there, and not merged with an earlier computation.
 
 
@@ -111,7 +112,8 @@ def product_forward(x, w, dtype, axis):
 
 
 def product_backward(dtype, axis, saved, dy):
-    # the barriers: or what made x would be computed again, element by element, to transpose it; and the last .T would be done first
+    # without the first barrier what made x would be computed again, element by element, to transpose it; without the
+    # second one, dw.T would become a product of a transposed left side
     (x, w), factor = jax.lax.optimization_barrier((saved, dy.astype(dtype)))
     dx = jnp.tensordot(factor, w, ([*range(1, dy.ndim)], [a for a in range(w.ndim) if a != axis]), preferred_element_type=dy.dtype)
     dw = jax.lax.optimization_barrier(jnp.tensordot(transposed(x), factor, 1, preferred_element_type=jnp.float32))
@@ -890,14 +892,14 @@ def pick(logits, key, temperature, top_k, top_p):
 
 
 def cast(params, config):
-    """The matrices in the type that decode() computes in: every token reads all of them."""
+    """The matrices in the type that sampling computes in, on CPUs float32: every token reads all of them."""
     return jax.tree.map(lambda x: x.astype(config.stream_dtype) if x.ndim > 1 else x, params)
 
 
 @functools.partial(jax.jit, static_argnames='config')
 def prefill(params, window, config):
     """The cache of keys and values (B, nh, S, hs) of each layer for the tokens in window (B, S)."""
-    return build(config, params).features(window)[1]
+    return build(replace(config, dtype=config.stream_dtype), params).features(window)[1]
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'eot', 'n_vocab', 'how'), donate_argnames=('window', 'cache'))

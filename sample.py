@@ -22,7 +22,7 @@ top_k = 200  # keep only the top_k likeliest tokens; 0: all
 top_p = 1.0  # then keep only the likeliest tokens that together reach this probability
 seed = 1337
 device = ''  # 'cpu', 'gpu' or 'tpu'; '': the best that JAX finds
-dtype = ''  # of activations, 'float32' or 'bfloat16'; '': as trained
+dtype = ''  # of activations, 'float32' or 'bfloat16'; '': as trained, but on CPUs always float32
 compile_cache = True  # keep what is compiled in ~/.cache/nanogpt-jax, so that it starts faster the next time
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 # -----------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def test_an_export_is_the_model_in_gpt2s_format_and_comes_back_bit_for_bit(repo,
     run(repo, 'train.py', *LORA, *args, f'--out_dir={out_dir}', *(['--lora_rank=0'] if len(args) > 1 else []))
     run(repo, 'export.py', f'--out_dir={out_dir}', f'--hf_dir={hf}', '--checkpoint=latest')
     saved = json.loads((out_dir / 'config.json').read_text(encoding='utf-8'))
-    config, idx = GPTConfig(**saved['model_args']), np.random.default_rng(0).integers(saved['vocab_size'], size=(3, 16))
+    config, idx = GPTConfig(**saved['model_args'] | {'dtype': 'float32'}), np.random.default_rng(0).integers(saved['vocab_size'], size=(3, 16))
     latest = f'checkpoints/{max(int(p.name) for p in (out_dir / "checkpoints").iterdir())}/params'
     number = lambda tree: {int(k) if k.isdigit() else k: number(v) if isinstance(v, dict) else v for k, v in tree.items()}
     params = join(*map(number, leaves(out_dir, latest, 'base/params'))) if config.lora_rank else number(leaves(out_dir, latest))
@@ -464,7 +464,7 @@ def test_float16_trains(repo):
 # many processes, and what they would cost
 
 
-MANY = [*TINY, '--n_head=8', '--n_embd=64', '--dropout=0.0', '--batch_size=2', '--gradient_accumulation_steps=16', '--eval_iters=8']
+MANY = [*TINY, '--dtype=float32', '--n_head=8', '--n_embd=64', '--dropout=0.0', '--batch_size=2', '--gradient_accumulation_steps=16', '--eval_iters=8']
 
 
 def start_two(repo, *args):
