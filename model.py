@@ -196,7 +196,7 @@ def scores(q, k, pos):
 def attend(q, k, v, rate, key, dtype, block=256):
     """Causal attention of a sequence to itself: q, k, v and the result are (B, nh, T, hs), the factors of products in dtype.
     A block of queries needs no keys that come after it: for 1024 tokens that is 3/8 less to compute. With a rate of 0 there
-    is no dropout, and no need of a key. Keys come before queries: so only q and v need to be transposed for products."""
+    is no dropout, and no need of a key. Keys come before queries, so that only v and k, which are small, are transposed."""
     return attend_forward(q, k, v, rate, key, dtype, block)[0]
 
 
