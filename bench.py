@@ -36,6 +36,7 @@ if mode not in ('train', 'sample', 'data', 'comm'):
 
 import resource
 import tempfile
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def model_config(**changes):
     vocab = vocab_size or (dataset_or_none()[1] or {}).get('vocab_size', 50257)
     with refuse(ValueError):
         return GPTConfig(**dict(block_size=block_size, vocab_size=padded(vocab), n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout,
-                                bias=bias, dtype=dtype or 'float32', flash=flash, remat=remat, loss_chunks=loss_chunks) | changes)
+                                bias=bias, flash=flash, remat=remat, loss_chunks=loss_chunks) | changes)
 
 
 def mesh_and_shape(data, tensor):
@@ -145,6 +146,7 @@ def sample():
     """Prefill of half a context and decode of up to 100 tokens after it, at batch 1 and at a large one, greedily."""
     devices = find_devices(device)
     config = model_config(dtype=dtype or best_dtype(devices), dropout=0.0, flash=False)
+    config = replace(config, dtype=config.stream_dtype)  # as stream() does
     params = cast(jax.jit(lambda: init_params(config, 0))(), config)
     held, speed, rows = sum(x.nbytes for x in jax.tree.leaves(params)), bandwidth(), []
     n = max(block_size // 2, 1)
@@ -220,7 +222,7 @@ def comm():
     jax.config.update('jax_num_cpu_devices', D * mesh_tensor)
     devices = find_devices('cpu')
     mesh, shape = mesh_and_shape(D, mesh_tensor)
-    config = model_config(dtype='float32', flash=False)  # as activations are on any CPU: in bfloat16 the tensor axis sends half
+    config = model_config(flash=False)  # float32, as activations are on any CPU: in bfloat16 the tensor axis sends half
     abstract = jax.eval_shape(lambda: init_state(config, tx, 0))
     abstract = place(abstract, shardings(abstract, mesh, fsdp))
     step = lower_step(abstract, shape, mesh, config, tx, fsdp).compile()

@@ -88,7 +88,7 @@ def init_table(config):
 # optimization_barrier() is the identity: what comes out of it is computed there, and not merged with an earlier computation.
 
 
-@jax.jit
+@jax.jit  # outside of it, a layout is for jax.Arrays only
 def transposed(x):
     """x (..., m, n) as (..., n, m); on a CPU a copy, because XLA's products are slow where the left side's rows do not lie
     side by side, and there are none of bfloat16."""
@@ -133,7 +133,8 @@ class Linear(nnx.Module):
         if rank := config.lora_rank:
             self.lora_A = nnx.Param(init['lora_A'](rngs.params(), (shape[0], rank)))
             self.lora_B = nnx.Param(init['lora_B'](rngs.params(), (rank, *shape[1:])))
-        self.lora_scale, self.dtype = config.lora_alpha / rank if rank else 0, config.dtype
+        self.lora_scale = config.lora_alpha / rank if rank else 0
+        self.dtype = config.dtype
 
     def __call__(self, x):
         y = product(x, self.weight[...], self.dtype)
@@ -220,10 +221,10 @@ def attend_forward(q, k, v, rate, key, dtype, block):
 
 def attend_backward(rate, dtype, block, saved, dy):
     (q, k, v, y, saved), dy = jax.lax.optimization_barrier((saved, dy))
-    out, mean = dy.dtype, (dy * y).astype(jnp.float32).sum(-1)[:, :, None]  # of dp, weighted with p
+    out, mean = dy.dtype, (dy * y).astype(jnp.float32).sum(-1)  # (B, nh, T), of dp, weighted with p
     if not rate:  # XLA computes as soon as it can: a p that needs no dy it would make, and keep, in the forward pass
-        q = q + (0 * mean[:, :, 0, :, None]).astype(dtype)
-    dq, dk, dv, dy, kT = [], None, None, dy.astype(dtype), transposed(k)
+        q = q + (0 * mean[..., None]).astype(dtype)
+    dq, dk, dv, dy, mean, kT = [], None, None, dy.astype(dtype), mean[:, :, None], transposed(k)
     for i, part in reversed(list(enumerate(saved))):
         t, end = i * block, (i + 1) * block
         qt, kt, vt, dyt = q[:, :, t:end], k[:, :, :end], v[:, :, :end], dy[:, :, t:end]
@@ -892,21 +893,21 @@ def pick(logits, key, temperature, top_k, top_p):
 
 
 def cast(params, config):
-    """The matrices in the type that sampling computes in, on CPUs float32: every token reads all of them."""
-    return jax.tree.map(lambda x: x.astype(config.stream_dtype) if x.ndim > 1 else x, params)
+    """The matrices in the type that the model computes in: every token reads all of them."""
+    return jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
 
 
 @functools.partial(jax.jit, static_argnames='config')
 def prefill(params, window, config):
     """The cache of keys and values (B, nh, S, hs) of each layer for the tokens in window (B, S)."""
-    return build(replace(config, dtype=config.stream_dtype), params).features(window)[1]
+    return build(config, params).features(window)[1]
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'eot', 'n_vocab', 'how'), donate_argnames=('window', 'cache'))
 def decode(params, window, cache, done, pos, stop, made, key, config, eot, n_vocab, how):
     """Fills window[:, pos:stop], token by token, and the cache with it. Rows in done (B,) have met `eot` and repeat it.
     The key is folded with the number of tokens made so far, so it does not matter in how many calls they are made."""
-    model = build(replace(config, dtype=config.stream_dtype), params)
+    model = build(config, params)
 
     def body(carry):
         window, cache, done, pos, made = carry
@@ -927,7 +928,8 @@ def stream(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=1.0
 
     A prompt longer than block_size is cut to its end. When the context is full, its last half is kept and read again.
     Ends early once every row has met the token `eot`; n_vocab keeps padded rows of the vocabulary out of the text."""
-    config = model.config
+    # on a CPU in float32: a single token's products are slow in bfloat16, and text does not depend on the dtype of training
+    config = replace(model.config, dtype=model.config.stream_dtype)
     params = cast(nnx.to_pure_dict(nnx.state(model, nnx.Param)), config)
     B = idx.shape[0]
     idx = jnp.asarray(idx, jnp.int32)[:, -config.block_size:]
