@@ -89,15 +89,18 @@ def init_table(config):
 
 
 @jax.jit  # outside of it, a layout is for jax.Arrays only
-def transposed(x):
-    """x (..., m, n) as (..., n, m); on a CPU a copy, because XLA's products are slow where the left side's rows do not lie
-    side by side, and there are none of bfloat16."""
-    y = x.swapaxes(-1, -2)
+def contiguous(x):
+    """x laid out in the order of its dimensions, on a CPU: XLA does products of other factors slowly, and none of bfloat16."""
     if jax.default_backend() != 'cpu':
-        return y
+        return x
     if jax.device_count() > 1:  # XLA would gather an array before it constrains its layout
-        return jax.lax.optimization_barrier(y)
-    return with_layout_constraint(y, Layout(tuple(range(y.ndim))))
+        return jax.lax.optimization_barrier(x)
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def transposed(x):
+    """x (..., m, n) as (..., n, m), contiguous: a copy on a CPU."""
+    return contiguous(x.swapaxes(-1, -2))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -112,12 +115,11 @@ def product_forward(x, w, dtype, axis):
 
 
 def product_backward(dtype, axis, saved, dy):
-    # without the first barrier what made x would be computed again, element by element, to transpose it; without the
-    # second one, dw.T would become a product of a transposed left side
+    # without the barrier what made x would be computed again, element by element, to transpose it
     (x, w), factor = jax.lax.optimization_barrier((saved, dy.astype(dtype)))
     dx = jnp.tensordot(factor, w, ([*range(1, dy.ndim)], [a for a in range(w.ndim) if a != axis]), preferred_element_type=dy.dtype)
-    dw = jax.lax.optimization_barrier(jnp.tensordot(transposed(x), factor, 1, preferred_element_type=jnp.float32))
-    return dx, dw.T if axis else dw
+    rows, columns = (factor, x) if axis else (x, factor)
+    return dx, jnp.tensordot(transposed(rows), columns, 1, preferred_element_type=jnp.float32)
 
 
 product.defvjp(product_forward, product_backward)
@@ -144,23 +146,25 @@ class Linear(nnx.Module):
 
 
 @jax.custom_vjp
-def standardize(x):
-    """x (N, C) with mean 0 and variance 1 in each row."""
-    return standardize_forward(x)[0]
+def norm(x, w):
+    """x (N, C) with mean 0 and variance 1 in each row, times w (C,)."""
+    return norm_forward(x, w)[0]
 
 
-def standardize_forward(x):
+def norm_forward(x, w):
     x = x - x.mean(-1, keepdims=True)
     r = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
-    return x * r, (x * r, r)
+    return x * r * w, (x * r, r, w)
 
 
-def standardize_backward(saved, dy):
-    y, r = saved
-    return r * (dy - dy.mean(-1, keepdims=True) - y * (dy * y).mean(-1, keepdims=True)),
+def norm_backward(saved, dy):
+    y, r, w = saved
+    z = jax.lax.optimization_barrier(dy * y)  # once, and not anew in each of the sums below
+    mean = lambda a: (jnp.dot(a, w, precision='highest') / len(w))[:, None]  # of a * w over C
+    return r * (dy * w - mean(dy) - y * mean(z)), z.sum(0)
 
 
-standardize.defvjp(standardize_forward, standardize_backward)
+norm.defvjp(norm_forward, norm_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -170,7 +174,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(init['bias'](rngs.params(), (config.n_embd,))) if config.bias else None
 
     def __call__(self, x):
-        z = standardize(x.astype(jnp.float32)) * self.weight[...]
+        z = norm(x.astype(jnp.float32), self.weight[...])
         return (z if self.bias is None else z + self.bias[...]).astype(x.dtype)
 
 
@@ -201,44 +205,45 @@ def attend(q, k, v, rate, key, dtype, block=256):
     return attend_forward(q, k, v, rate, key, dtype, block)[0]
 
 
+def keeps(q, rate, block):
+    """Whether attend() keeps the probabilities for its backward pass; else it computes them again, as FlashAttention does."""
+    return rate > 0 or q.shape[2] <= block
+
+
 def attend_forward(q, k, v, rate, key, dtype, block):
     out, (q, k, v) = q.dtype, (a.astype(dtype) for a in (q, k, v))
-    ys, saved, vT = [], [], transposed(v)
+    ys, sums, saved, vT = [], [], [], transposed(v)
     for t in range(0, q.shape[2], block):
         s = scores(q[:, :, t:t + block], k[:, :, :t + block], t)
-        lse = jax.nn.logsumexp(s, -2, keepdims=True)
-        p = jnp.exp(s - lse).astype(dtype)
+        high = s.max(-2, keepdims=True)
+        p = jnp.exp(s - high).astype(dtype)  # the probabilities times their sum: y and dy, which are smaller, are divided by it
+        sums.append(p.astype(jnp.float32).sum(-2))
         if rate:  # what is dropped is kept with a minus: the backward pass needs it, too
             p = jnp.where(kept(jax.random.fold_in(key, t), rate, p.shape), p, -p)
-            saved.append(p)
-            p = jnp.maximum(p, 0) / (1 - rate)
-        else:
-            saved.append(lse)  # that is enough to compute p again, as FlashAttention does
-        ys.append(jnp.einsum('bhds,bhst->bhdt', vT[..., :t + block], p, preferred_element_type=out))
-    y = jax.lax.optimization_barrier(jnp.concatenate(ys, axis=-1)).swapaxes(2, 3)
-    return y, (q, k, v, y, saved)
+        saved.append(p if keeps(q, rate, block) else high)
+        ys.append(jnp.einsum('bhds,bhst->bhdt', vT[..., :t + block], jnp.maximum(p, 0) if rate else p, preferred_element_type=jnp.float32))
+    total = jnp.concatenate(sums, axis=-1) * (1 - rate)
+    y = jax.lax.optimization_barrier((jnp.concatenate(ys, axis=-1) / total[:, :, None]).astype(out)).swapaxes(2, 3)
+    return y, (q, k, v, total, saved)
 
 
 def attend_backward(rate, dtype, block, saved, dy):
-    (q, k, v, y, saved), dy = jax.lax.optimization_barrier((saved, dy))
-    out, mean = dy.dtype, (dy * y).astype(jnp.float32).sum(-1)  # (B, nh, T), of dp, weighted with p
-    if not rate:  # XLA computes as soon as it can: a p that needs no dy it would make, and keep, in the forward pass
-        q = q + (0 * mean[..., None]).astype(dtype)
-    dq, dk, dv, dy, mean, kT = [], None, None, dy.astype(dtype), mean[:, :, None], transposed(k)
+    (q, k, v, total, saved), dy = jax.lax.optimization_barrier((saved, dy))
+    if not keeps(q, rate, block):  # XLA computes as soon as it can: a p that needs no dy it would make, and keep, in the forward pass
+        q = q + (0 * dy[..., :1]).astype(dtype)
+    out, dy = dy.dtype, contiguous((dy / total[..., None]).astype(dtype))
+    dq, dk, dv, kT, total = [], None, None, transposed(k), total[:, :, None]
     for i, part in reversed(list(enumerate(saved))):
         t, end = i * block, (i + 1) * block
         qt, kt, vt, dyt = q[:, :, t:end], k[:, :, :end], v[:, :, :end], dy[:, :, t:end]
-        dp = jnp.einsum('bhsd,bhtd->bhst', vt, dyt, preferred_element_type=jnp.float32)
-        if rate:
-            p = jnp.maximum(part, 0) / (1 - rate)
-            ds = p * dp - jnp.abs(part) * mean[..., t:end]
-        else:
-            p = jnp.exp(scores(qt, kt, t) - part)
-            ds = p * (dp - mean[..., t:end])
-        p, ds = p.astype(dtype), (ds / math.sqrt(q.shape[-1])).astype(dtype)
+        p = part if keeps(q, rate, block) else jnp.exp(scores(qt, kt, t) - part)
+        used = jnp.maximum(p, 0) if rate else p
+        ds = used * jnp.einsum('bhsd,bhtd->bhst', vt, dyt, preferred_element_type=jnp.float32)
+        ds -= jnp.abs(p) * (ds.sum(-2, keepdims=True) * (1 - rate) / total[..., t:end])
+        used, ds = used.astype(dtype), (ds / math.sqrt(q.shape[-1])).astype(dtype)
         dq.append(jnp.einsum('bhds,bhst->bhdt', kT[..., :end], ds, preferred_element_type=out))
         dkt = jnp.einsum('bhst,bhtd->bhsd', ds, qt, preferred_element_type=out)
-        dvt = jnp.einsum('bhst,bhtd->bhsd', p, dyt, preferred_element_type=out)
+        dvt = jnp.einsum('bhst,bhtd->bhsd', used, dyt, preferred_element_type=out)
         dk, dv = (dkt, dvt) if dk is None else (dk.at[:, :, :end].add(dkt), dv.at[:, :, :end].add(dvt))
     return jax.lax.optimization_barrier(jnp.concatenate(dq[::-1], axis=-1)).swapaxes(2, 3), dk, dv, None
 
@@ -759,8 +764,10 @@ cross_entropy.defvjp(cross_entropy_forward, cross_entropy_backward)
 def loss_fn(params, tokens, config, key=None):
     """Mean loss of predicting tokens[:, 1:] from tokens[:, :-1]; tokens (B, T + 1) of any integer type."""
     tokens = tokens.astype(jnp.int32)
-    model = build(config, params)
-    x, targets = model.features(tokens[:, :-1], key)[0], tokens[:, 1:].reshape(-1)
+    model, targets = build(config, params), tokens[:, 1:].reshape(-1)
+    # on a CPU as two halves side by side: its cores work on one where the other has nothing for all of them
+    parts = jnp.array_split(tokens[:, :-1], min(2, len(tokens)) if jax.default_backend() == 'cpu' and jax.device_count() == 1 else 1)
+    x = jnp.concatenate([model.features(part, key if key is None else jax.random.fold_in(key, i))[0] for i, part in enumerate(parts)])
     if config.loss_chunks == 1:
         return cross_entropy(model.head(x), targets)
     chunk = jax.checkpoint(lambda part: cross_entropy(model.head(part[0]), part[1]))

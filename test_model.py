@@ -373,10 +373,11 @@ def test_attention_in_blocks_is_attention(rate):
 
 
 @pytest.mark.parametrize('name, args', [
-    ('product', [NORMAL((6, 4), np.float32), NORMAL((4, 3, 5), np.float32), 'float32', 0]), ('standardize', [NORMAL((6, 4), np.float32)]),
+    ('product', [NORMAL((6, 4), np.float32), NORMAL((4, 3, 5), np.float32), 'float32', 0]), ('norm', [NORMAL((6, 4), np.float32), NORMAL((4,), np.float32)]),
     ('product', [NORMAL((6, 4), np.float32), NORMAL((5, 4), np.float32), 'float32', 1]),
     ('gelu', [NORMAL((6, 4), np.float32)]), ('cross_entropy', [NORMAL((6, 4), np.float32), np.array([0, 3, 3, 1, 2, 0])]),
     ('attend', [*NORMAL((3, 2, 3, 50, 8), np.float32), 0.0, None, 'float32', 16]),
+    ('attend', [*NORMAL((3, 2, 3, 50, 8), np.float32), 0.0, None, 'float32', 64]),
     ('attend', [*NORMAL((3, 2, 3, 50, 8), np.float32), 0.3, KEY, 'float32', 16]),
     ('attend', [*NORMAL((3, 2, 3, 50, 8), np.float32), 0.3, KEY, 'float32', 64]),
 ])
@@ -393,6 +394,21 @@ def test_a_backward_pass_written_by_hand_is_the_derivative(name, args):
     exact, args = (f(*args), *gradient(f)), ['bfloat16' if isinstance(x, str) else x for x in args]
     for x, y in zip((f(*args), *gradient(f)), exact):
         assert name not in ('product', 'attend') or 0 < np.abs(x - y).max() < 0.02 * np.abs(y).max()
+
+
+def test_a_cpu_alone_computes_a_batch_as_two_halves_and_drops_different_things(monkeypatch):
+    params, features, calls = params_of(tiny_model()), GPT.features, []
+    for B, halves in ((1, [1]), (3, [2, 1]), (4, [2, 2])):
+        batch = tokens(B, 17)
+        whole = jax.value_and_grad(loss_fn)(params, batch, TINY)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, 'device_count', lambda: 1)
+            patch.setattr(GPT, 'features', lambda self, idx, key: calls.append(len(idx)) or features(self, idx, key))
+            close(jax.value_and_grad(loss_fn)(params, batch, TINY), whole)
+            assert calls == halves
+            dropped = [loss_fn(params, np.tile(batch[:1], (n, 1)), dataclasses.replace(TINY, dropout=0.3), KEY) for n in (1, 2)]
+            assert abs(dropped[0] - dropped[1]) > 1e-4  # twice the same, with the same dropout, would have the same loss
+        calls.clear()
 
 
 @pytest.mark.parametrize('less', [dict(remat=True), dict(loss_chunks=4), dict(remat=True, loss_chunks=16)])
@@ -657,7 +673,7 @@ def test_lora_is_the_same_on_every_mesh(tmp_path):
             state, metrics = step(state, batch, 1e-2, KEY)
         close(base, state['base'], 0)
         results[data, tensor, fsdp] = state['params'], metrics['loss'], eval_step(join(state['params'], state['base']), batch, config)
-        close(results[data, tensor, fsdp], results[1, 1, False], 1e-5)
+        close(results[data, tensor, fsdp], results[1, 1, False], 1e-4)  # Adam makes much of a gradient next to zero
 
 
 # -----------------------------------------------------------------------------
