@@ -761,13 +761,13 @@ def cross_entropy_backward(saved, dy):
 cross_entropy.defvjp(cross_entropy_forward, cross_entropy_backward)
 
 
-def loss_fn(params, tokens, config, key=None):
-    """Mean loss of predicting tokens[:, 1:] from tokens[:, :-1]; tokens (B, T + 1) of any integer type."""
+def loss_fn(params, tokens, config, key=None, parts=1):
+    """Mean loss of predicting tokens[:, 1:] from tokens[:, :-1]; tokens (B, T + 1) of any integer type. The features of so
+    many `parts` of the batch are computed apart from each other."""
     tokens = tokens.astype(jnp.int32)
     model, targets = build(config, params), tokens[:, 1:].reshape(-1)
-    # on a CPU as two halves side by side: its cores work on one where the other has nothing for all of them
-    parts = jnp.array_split(tokens[:, :-1], min(2, len(tokens)) if jax.default_backend() == 'cpu' and jax.device_count() == 1 else 1)
-    x = jnp.concatenate([model.features(part, key if key is None else jax.random.fold_in(key, i))[0] for i, part in enumerate(parts)])
+    x = jnp.concatenate([model.features(part, key if key is None else jax.random.fold_in(key, i))[0]
+                         for i, part in enumerate(jnp.array_split(tokens[:, :-1], parts))])
     if config.loss_chunks == 1:
         return cross_entropy(model.head(x), targets)
     chunk = jax.checkpoint(lambda part: cross_entropy(model.head(part[0]), part[1]))
@@ -777,11 +777,13 @@ def loss_fn(params, tokens, config, key=None):
 def mean_grads(params, base, tokens, scale, key, config, mesh=None, fsdp=False):
     """(loss, gradient by params) of `scale` times the mean loss over the G micro-batches of tokens (G, B, T + 1); `base` is
     the rest of the parameters."""
-    G = tokens.shape[0]
+    G, B, _ = tokens.shape
+    # a CPU alone computes the halves of a batch side by side: its cores work on one where the other has nothing for all of them
+    parts = 2 if B > 1 and jax.default_backend() == 'cpu' and jax.device_count() == 1 else 1
 
     def sum_grads(params, base, tokens, key, gather=lambda both: both):
         """Loss and gradient summed over the micro-batches."""
-        loss = lambda params, base, tokens, key: scale * loss_fn(join(*gather((params, base))), tokens, config, key)
+        loss = lambda params, base, tokens, key: scale * loss_fn(join(*gather((params, base))), tokens, config, key, parts)
         if fsdp:
             loss = jax.checkpoint(loss, policy=jax.checkpoint_policies.save_anything_except_these_names('gathered'))
 
@@ -823,9 +825,9 @@ def mean_grads(params, base, tokens, scale, key, config, mesh=None, fsdp=False):
 
 @functools.partial(jax.jit, static_argnames=('config', 'tx', 'mesh', 'fsdp'), donate_argnames='state')
 def train_step(state, tokens, lr, key, config, tx, mesh=None, fsdp=False):
-    """One update from the mean gradient of G micro-batches: tokens (G, B, T + 1). Dropout depends on (key, step, mesh) alone.
-    If the gradient is not finite, parameters and optimizer stay as they were. Returns the new state (the old one's memory
-    is reused) and metrics: loss, grad_norm (before clipping), skipped and skipped_in_a_row."""
+    """One update from the mean gradient of G micro-batches: tokens (G, B, T + 1). Dropout depends on (key, step, mesh, kind
+    of device) alone. If the gradient is not finite, parameters and optimizer stay as they were. Returns the new state (the
+    old one's memory is reused) and metrics: loss, grad_norm (before clipping), skipped and skipped_in_a_row."""
     params, base, opt_state, scale = state['params'], state['base'], state['opt_state'], state['loss_scale']
     key = jax.random.fold_in(key, state['step'])
     loss, grads = mean_grads(params, base, tokens, scale, key, config, mesh, fsdp)
