@@ -407,7 +407,7 @@ def test_a_cpu_alone_computes_a_batch_as_two_halves_and_drops_different_things(m
             patch.setattr(jax, 'device_count', lambda: 1)
             patch.setattr(GPT, 'features', lambda self, idx, key: calls.append(len(idx)) or features(self, idx, key))
             close(grads(batch, TINY), whole)
-            assert calls[:2] == halves
+            assert calls == halves
             dropped = [grads(np.tile(batch[:1], (n, 1)), dataclasses.replace(TINY, dropout=0.3))[0] for n in (1, 2)]
             assert abs(dropped[0] - dropped[1]) > 1e-4  # twice the same, with the same dropout, would have the same loss
         calls.clear()
@@ -658,7 +658,7 @@ def test_lora_is_the_same_on_every_mesh(tmp_path):
     gpt2_files(tmp_path, TINY)
     config, tx, batch = dataclasses.replace(LORA, lora_rank=8), make_optimizer(0.9, 0.99, 0.1, 1.0), tokens(2, 8, 17)
     adapters = sum(x.size for x in jax.tree.leaves(divide(init_params(config, 0), config)[0]))
-    results = {}
+    alone = None
     for data, tensor, fsdp in ((1, 1, False), (8, 1, False), (4, 2, True), (2, 4, False)):
         mesh = jax.make_mesh((data, tensor), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2, devices=jax.devices('cpu')[:data * tensor])
         state = init_state(config, tx, 0) | {'base': open_gpt2(tmp_path)[1](16, lambda params: shardings(params, mesh, fsdp))}
@@ -674,8 +674,10 @@ def test_lora_is_the_same_on_every_mesh(tmp_path):
         for _ in range(3):
             state, metrics = step(state, batch, 1e-2, KEY)
         close(base, state['base'], 0)
-        results[data, tensor, fsdp] = state['params'], metrics['loss'], eval_step(join(state['params'], state['base']), batch, config)
-        close(results[data, tensor, fsdp], results[1, 1, False], 1e-4)  # Adam makes much of a gradient next to zero
+        losses = metrics['loss'], eval_step(join(state['params'], state['base']), batch, config)
+        alone = alone or (losses, state['params'])
+        close(losses, alone[0], 1e-5)
+        close(state['params'], alone[1], 2e-5)  # after three steps of 1e-2: Adam makes much of a gradient next to zero
 
 
 # -----------------------------------------------------------------------------
