@@ -14,6 +14,7 @@
 # numbers out of bounds.
 import ast
 import difflib
+import gc
 import os
 import re
 import sys
@@ -113,6 +114,9 @@ for _arg in [a for a in sys.argv[1:] if not a.startswith('-')]:
 for _arg in [a for a in sys.argv[1:] if a.startswith('-')]:
     _set_option(_arg)
 globals().update(config)
+
+# Imports and tracing make a million objects that stay: to look for garbage after every 700 of them takes 0.2 s of a start.
+gc.set_threshold(100_000, 50, 50)
 
 # XLA's CPU client takes its scratch memory anew at every step and gives it back, and then page faults cost as much as
 # the maths. Huge pages and a heap that is kept take a step at the sizes of config/laptop.py from 30 to 18 ms and one

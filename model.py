@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -853,26 +854,46 @@ def train_step(state, tokens, lr, key, config, tx, mesh=None, fsdp=False):
             {'loss': loss, 'grad_norm': grad_norm, 'skipped': skipped, 'skipped_in_a_row': in_a_row})
 
 
+def abstract_tokens(shape, mesh, config):
+    """What load() gives for starts of `shape` = (G, B)."""
+    return jax.ShapeDtypeStruct((*shape, config.block_size + 1), np.uint16, sharding=NamedSharding(mesh, P(None, 'data')))
+
+
 def lower_step(state, shape, mesh, config, tx, fsdp=False):
     """train_step for a (possibly abstract) state and batches of `shape` = (G, B), to be compiled."""
-    tokens = jax.ShapeDtypeStruct((*shape, config.block_size + 1), np.uint16, sharding=NamedSharding(mesh, P(None, 'data')))
-    return train_step.lower(state, tokens, 0.0, jax.random.key(0), config=config, tx=tx, mesh=mesh, fsdp=fsdp)
+    return train_step.lower(state, abstract_tokens(shape, mesh, config), 0.0, jax.random.key(0), config=config, tx=tx, mesh=mesh, fsdp=fsdp)
 
 
-def compile_step(state, shape, mesh, config, tx, fsdp=False):
-    """train_step compiled for a state and batches of `shape` = (G, B): a function of (state, tokens, lr, key). Raises
-    MemoryError where it would not fit a device: on a CPU the system would end the process without a word."""
-    step = lower_step(state, shape, mesh, config, tx, fsdp).compile()
-    if config.flash and '__cudnn$fmha' not in step.as_text():
-        raise ValueError('flash = True: the compiled step has no FlashAttention in it')
-    device, use = mesh.devices.flat[0], step.memory_analysis()
+def side_by_side(*functions):
+    """The results of calls that trace and compile. On a CPU two at a time: XLA's compiler has work for a core and a half.
+    Elsewhere in turn, because it chooses some algorithms by their time on the device."""
+    with ThreadPoolExecutor(2 if jax.default_backend() == 'cpu' else 1) as threads:
+        return [job.result() for job in [threads.submit(function) for function in functions]]
+
+
+def compiled(lowered, mesh):
+    """A lowered program, compiled. Raises MemoryError where it would not fit a device: on a CPU the system would end the
+    process without a word."""
+    device = mesh.devices.flat[0]
+    # code for a CPU becomes as fast with less effort, which takes 0.75 of the time
+    effort = {'xla_backend_optimization_level': 1, 'xla_llvm_disable_expensive_passes': True} if device.platform == 'cpu' else None
+    program = lowered.compile(compiler_options=effort)
+    use = program.memory_analysis()
     needed = use.argument_size_in_bytes + use.temp_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
     if device.platform == 'cpu':
         limit, needed = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'), needed * mesh.size
     else:
         limit = (device.memory_stats() or {}).get('bytes_limit', math.inf)
     if needed > limit:
-        raise MemoryError(f'a step needs {needed / 2**30:.1f} GiB, a device has {limit / 2**30:.1f}')
+        raise MemoryError(f'{needed / 2**30:.1f} GiB needed, a device has {limit / 2**30:.1f}')
+    return program
+
+
+def compile_step(state, shape, mesh, config, tx, fsdp=False):
+    """train_step compiled for a state and batches of `shape` = (G, B): a function of (state, tokens, lr, key)."""
+    step = compiled(lower_step(state, shape, mesh, config, tx, fsdp), mesh)
+    if config.flash and '__cudnn$fmha' not in step.as_text():
+        raise ValueError('flash = True: the compiled step has no FlashAttention in it')
     return step
 
 
@@ -880,6 +901,11 @@ def compile_step(state, shape, mesh, config, tx, fsdp=False):
 def eval_step(params, tokens, config):
     """Mean loss, without dropout, over all of tokens (G, B, T + 1)."""
     return jax.lax.map(lambda batch: loss_fn(params, batch, config), tokens).mean()
+
+
+def compile_eval(params, shape, mesh, config):
+    """eval_step compiled for parameters and tokens of `shape` = (G, B): a function of (params, tokens)."""
+    return compiled(eval_step.lower(params, abstract_tokens(shape, mesh, config), config=config), mesh)
 
 
 # -----------------------------------------------------------------------------

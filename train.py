@@ -86,9 +86,9 @@ import numpy as np
 from jax.sharding import AxisType
 from tqdm import tqdm
 
-from model import (GPTConfig, best_dtype, build, compile_step, estimate_mfu, eval_starts, eval_step, find_devices, generate, get_lr,
-                   init_state, join, keep_compiled, load, lora_table, make_optimizer, meet, micro_batches, num_params,
-                   open_dataset, over_processes, padded, place, read_json, shardings, train_starts, train_step)
+from model import (GPTConfig, best_dtype, build, compile_eval, compile_step, compiled, estimate_mfu, eval_starts, eval_step, find_devices,
+                   generate, get_lr, init_state, join, keep_compiled, load, lora_table, make_optimizer, meet, micro_batches, num_params,
+                   open_dataset, over_processes, padded, place, read_json, shardings, side_by_side, train_starts, train_step)
 from rundir import Checkpoints, Log, clear, open_model, save_base, take, tokenizer, write
 
 # -----------------------------------------------------------------------------
@@ -182,10 +182,11 @@ vocab_size = padded(meta['vocab_size'])
 if source or init_from == 'resume':  # these have what they have: a row of zeros would be the likeliest token of GPT-2
     vocab_size = source.vocab_size if source else saved['model_args']['vocab_size']
 batch_shape = micro_batches(gradient_accumulation_steps * batch_size, batch_size, mesh_data)
-eval_shape = micro_batches(eval_iters * batch_size, batch_size, mesh_data)
-if not (batch_shape and eval_shape):
+eval_batches = micro_batches(eval_iters * batch_size, batch_size, mesh_data)
+if not (batch_shape and eval_batches):
     fail(f'batch_size = {batch_size} times gradient_accumulation_steps = {gradient_accumulation_steps}, and times eval_iters = {eval_iters}, must be '
          f'divisible by the {mesh_data} devices of the data axis: let both be multiples of {mesh_data // math.gcd(batch_size, mesh_data)}')
+eval_shape = math.gcd(eval_batches[0], 20), eval_batches[1]  # 20 micro-batches are enough for one call
 
 # -----------------------------------------------------------------------------
 # model and optimizer: from scratch, from the latest checkpoint, or from weights that somebody trained
@@ -198,6 +199,11 @@ abstract = jax.eval_shape(init)
 where = shardings(abstract, mesh, fsdp)
 abstract = place(abstract, where)
 
+# created where it stays: no device ever holds all of it
+read_later = None if origin == 'scratch' else 'base' if lora_rank else 'params'
+rest = lambda state: {k: v for k, v in state.items() if k != read_later}
+create = jax.jit(lambda: rest(init()), out_shardings=rest(where))
+
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 n_params = num_params(join(abstract['params'], abstract['base']))
 print(f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh data={mesh_data} tensor={mesh_tensor}')
@@ -209,11 +215,14 @@ if lora_rank:
 if debug_nans:  # operation by operation, so that the traceback ends at the one
     jax.config.update('jax_debug_nans', True)
     jax.config.update('jax_disable_jit', True)
-    step = partial(train_step, config=model_config, tx=tx, mesh=mesh, fsdp=fsdp)
-elif not eval_only:
-    print('compiling the training step...', flush=True)
+    step, evaluate = partial(train_step, config=model_config, tx=tx, mesh=mesh, fsdp=fsdp), partial(eval_step, config=model_config)
+else:
+    print('compiling...', flush=True)
     try:
-        step = compile_step(abstract, batch_shape, mesh, model_config, tx, fsdp)
+        create, step, evaluate = side_by_side(
+            lambda: create if init_from == 'resume' else compiled(create.lower(), mesh),
+            lambda: None if eval_only else compile_step(abstract, batch_shape, mesh, model_config, tx, fsdp),
+            lambda: compile_eval(join(abstract['params'], abstract['base']), eval_shape, mesh, model_config))
     except (MemoryError, jax.errors.JaxRuntimeError) as e:
         fail(explain(e) or e)
 
@@ -231,15 +240,11 @@ if found:
 else:
     print('Initializing ' + ('a new model from scratch' if origin == 'scratch' else f'from {origin}')
           + ' (the run was stopped before its first checkpoint)' * (init_from == 'resume'), flush=True)
-    given_weights = {}
-    if origin != 'scratch':
+    state = create()
+    if read_later:
         with refuse(ValueError, OSError):
             read = read if source else open_model(origin)[2]
-            given_weights['base' if lora_rank else 'params'] = read(block_size, lambda params: shardings(params, mesh, fsdp))
-    rest = lambda state: {k: v for k, v in state.items() if k not in given_weights}
-    # created where it stays: no device ever holds all of it; on a CPU compiled in half the time, for a program that runs once
-    quick = {'xla_backend_optimization_level': 1} if devices[0].platform == 'cpu' else None
-    state = jax.jit(lambda: rest(init()), out_shardings=rest(where), compiler_options=quick)() | given_weights
+            state[read_later] = read(block_size, lambda params: shardings(params, mesh, fsdp))
     if lora_rank and not eval_only:
         save_base(out_dir, state['base'])
     progress = dict(iter_num=0, best_val_loss=1e9, best_iter=None, wandb_id=None)
@@ -279,14 +284,13 @@ def estimate_loss():
     global stop
     means = {}
     for split in ('train', 'val'):
-        G, B = eval_shape
-        parts = eval_starts(data[split], eval_shape, block_size).reshape(-1, math.gcd(G, 20), B)  # 20: enough for one call
+        parts = eval_starts(data[split], eval_batches, block_size).reshape(-1, *eval_shape)
         losses = []
         for part in tqdm(parts, f'evaluating on {split}', leave=False, disable=None):
             if stop := int(asked()):  # on resuming, the evaluation is made anew
                 return None
             tokens = load(data[split], part, block_size, vocab_size, mesh)
-            losses.append(float(eval_step(join(state['params'], state['base']), tokens, model_config)))
+            losses.append(float(evaluate(join(state['params'], state['base']), tokens)))
         means[split] = np.mean(losses)
     return means
 
