@@ -70,16 +70,18 @@ def mesh_and_shape(data, tensor):
     return jax.make_mesh((data, tensor), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2), shape
 
 
-def measure(run):
-    """Seconds that run() takes, an array: called again and again for `seconds`, at least five times, after two to warm up.
-    It is to return what it computed, and that is waited for."""
+def measure(*runs):
+    """Seconds that each of these calls takes, an array (len(runs), n): in turns, because a shared machine changes its speed, again
+    and again for `seconds`, at least five times, after two to warm up. They are to return what they computed, and that is waited for."""
     times, begun = [], None
     while len(times) < 7 or time.perf_counter() - begun < seconds:
         begun = begun or time.perf_counter()
-        t = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - t)
-    return np.array(times[2:])
+        times.append([])
+        for run in runs:
+            t = time.perf_counter()
+            jax.block_until_ready(run())
+            times[-1].append(time.perf_counter() - t)
+    return np.array(times[2:]).T
 
 
 def gemm_flops(dtype):
@@ -87,14 +89,7 @@ def gemm_flops(dtype):
     n = 2048 if jax.default_backend() == 'cpu' else 8192
     a = jnp.ones((n, n), dtype)
     product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-    return 2 * n**3 / min(measure(lambda: product(a)))
-
-
-def bandwidth():
-    """Bytes a second that are read from memory by a sum over 1 GB, the best of some."""
-    x = jnp.ones(2**28, jnp.float32)
-    total = jax.jit(jnp.sum)
-    return x.nbytes / min(measure(lambda: total(x)))
+    return 2 * n**3 / measure(lambda: product(a)).min()
 
 
 def peak_memory(device):
@@ -130,7 +125,7 @@ def train():
         n += 1
         return state, metrics
 
-    times = measure(run)
+    [times] = measure(run)
     memory = peak_memory(devices[0])
     n_params, tokens = num_params(abstract['params']), shape[0] * shape[1] * block_size
     flops = flops_per_token(config, n_params) * tokens / np.median(times)
@@ -148,7 +143,8 @@ def sample():
     config = model_config(dtype=dtype or best_dtype(devices), dropout=0.0, flash=False)
     config = replace(config, dtype=config.stream_dtype)  # as stream() does
     params = cast(jax.jit(lambda: init_params(config, 0))(), config)
-    held, speed, rows = sum(x.nbytes for x in jax.tree.leaves(params)), bandwidth(), []
+    held, rows = sum(x.nbytes for x in jax.tree.leaves(params)), []
+    ones, total = jnp.ones(2**28, jnp.float32), jax.jit(jnp.sum)  # 1 GB to read, ten times
     n = max(block_size // 2, 1)
     new = min(100, block_size - n)
     for B in (1, large_batch):
@@ -158,14 +154,14 @@ def sample():
         S = -(-(n + new) // 64) * 64  # the length that stream() would take
         cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, S - n), (0, 0))), cache)
         copies = lambda: (window + 0, jax.tree.map(jnp.copy, cache))  # decode() reuses the memory of what it is given
-        copy_s = np.median(measure(copies))
         run = lambda: decode(params, *copies(), jnp.zeros(B, bool), n, n + new, 0, jax.random.key(0), config, None,
                              config.vocab_size, (0.0, None, 1.0))[0]
-        decode_s = np.median(measure(run)) - copy_s
+        read_s, copy_s, decode_s = np.median(measure(lambda: [total(ones) for _ in range(10)], copies, run), axis=1)
+        speed, decode_s = 10 * ones.nbytes / read_s, decode_s - copy_s
         cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
         rows.append(dict(batch=B, prefill_tokens_per_s=B * n / prefill_s, decode_tokens_per_s=B * new / decode_s, ms_per_token=1e3 * decode_s / new,
-                         share_of_bandwidth=(held + cache_bytes) * new / decode_s / speed))
-    return dict(parameters=num_params(params), devices=f'1 x {devices[0].device_kind}', dtype=config.dtype, bandwidth_gb_per_s=speed / 1e9, rows=rows)
+                         bandwidth_gb_per_s=speed / 1e9, share_of_bandwidth=(held + cache_bytes) * new / decode_s / speed))
+    return dict(parameters=num_params(params), devices=f'1 x {devices[0].device_kind}', dtype=config.dtype, rows=rows)
 
 
 def data():
@@ -176,7 +172,7 @@ def data():
     devices = find_devices(device)
     mesh, shape = mesh_and_shape(len(devices), 1)
     n = iter(range(10**12))
-    times = measure(lambda: load(tokens['train'], train_starts(tokens['train'], shape, block_size, 0, next(n)), block_size, meta['vocab_size'], mesh))
+    [times] = measure(lambda: load(tokens['train'], train_starts(tokens['train'], shape, block_size, 0, next(n)), block_size, meta['vocab_size'], mesh))
     return dict(dataset=dataset, batch=list(shape), block_size=block_size, ms=1e3 * np.median(times),
                 sequences_per_s=shape[0] * shape[1] / np.median(times), tokens_per_s=shape[0] * shape[1] * block_size / np.median(times))
 

@@ -96,14 +96,15 @@ def _set_option(arg):
 
 def _help():
     """Prints the script's docstring and its keys: default and comment as they stand in the script."""
-    print(__doc__.strip(), '\n\nKeys, to be set as --key=value or in a config file:')
+    text = [__doc__.strip(), '\nKeys, to be set as --key=value or in a config file:']
     with open(__file__, encoding='utf-8') as f:
         lines = f.read().partition('configurator.py')[0].splitlines()
     for line in lines:
         if (m := re.match(r'(\w+) = (.+?)(?:\s+# (.*))?$', line)) and m[1] in config:
-            print(f'  --{m[1]}={m[2]}'.ljust(40), m[3] or '')
+            text.append(f'  --{m[1]}={m[2]}'.ljust(40) + f' {m[3] or ""}')
         elif m := re.match(r'# (\w.*)$', line):
-            print(f'\n{m[1]}')
+            text.append(f'\n{m[1]}')
+    print('\n'.join(text))
 
 
 if {'-h', '--help'} & set(sys.argv[1:]):

@@ -89,14 +89,18 @@ def init_table(config):
 # optimization_barrier() is the identity: what comes out of it is computed there, and not merged with an earlier computation.
 
 
+def lone_cpu():
+    """Whether a CPU is the only device: some things are done in another way there."""
+    return jax.default_backend() == 'cpu' and jax.device_count() == 1
+
+
 @jax.jit  # outside of it, a layout is for jax.Arrays only
 def contiguous(x):
     """x laid out in the order of its dimensions, on a CPU: XLA does products of other factors slowly, and none of bfloat16."""
-    if jax.default_backend() != 'cpu':
-        return x
-    if jax.device_count() > 1:  # XLA would gather an array before it constrains its layout
-        return jax.lax.optimization_barrier(x)
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    if lone_cpu():
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    # with several devices XLA would gather an array before it constrains its layout
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == 'cpu' else x
 
 
 def transposed(x):
@@ -112,6 +116,9 @@ def product(x, w, dtype, axis=0):
 
 def product_forward(x, w, dtype, axis):
     saved = x.astype(dtype), w.astype(dtype)
+    if len(x) == 1 and axis == 0 and len(w) % 64 == 0 and lone_cpu():  # a token: 64 rows at a time its weights are read 1.2 times as fast
+        parts = jnp.einsum('gk,gkn->gn', saved[0].reshape(-1, 64), saved[1].reshape(-1, 64, w[0].size), preferred_element_type=x.dtype)
+        return parts.sum(0).reshape(1, *w.shape[1:]), saved
     return jnp.tensordot(*saved, (1, axis), preferred_element_type=x.dtype), saved
 
 
@@ -780,7 +787,7 @@ def mean_grads(params, base, tokens, scale, key, config, mesh=None, fsdp=False):
     the rest of the parameters."""
     G, B, _ = tokens.shape
     # a CPU alone computes the halves of a batch side by side: its cores work on one where the other has nothing for all of them
-    parts = 2 if B > 1 and jax.default_backend() == 'cpu' and jax.device_count() == 1 else 1
+    parts = 2 if B > 1 and lone_cpu() else 1
 
     def sum_grads(params, base, tokens, key, gather=lambda both: both):
         """Loss and gradient summed over the micro-batches."""

@@ -413,6 +413,20 @@ def test_a_cpu_alone_computes_a_batch_as_two_halves_and_drops_different_things(m
         calls.clear()
 
 
+def test_one_token_on_a_cpu_alone_is_multiplied_in_parts_of_64_rows(monkeypatch):
+    from model import product
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    rng = np.random.default_rng(0)
+    for rows, shape, parts in ((1, (128, 3, 5), True), (2, (128, 3, 5), False), (1, (100, 7), False)):
+        x, w = rng.normal(size=(rows, shape[0])).astype(np.float32), rng.normal(size=shape).astype(np.float32)
+        f = lambda x, w: product(x, w, 'float32')
+        assert ('[2,64]' in str(jax.make_jaxpr(f)(x, w))) == parts
+        close(f(x, w), np.tensordot(x, w, 1))
+        y, pull = jax.vjp(f, x, w)
+        close(pull(jnp.ones_like(y)), (np.tensordot(np.ones(y.shape), w, ([*range(1, w.ndim)], [*range(1, w.ndim)])),
+                                       np.tensordot(x.T, np.ones(y.shape), 1)))
+
+
 @pytest.mark.parametrize('less', [dict(remat=True), dict(loss_chunks=4), dict(remat=True, loss_chunks=16)])
 def test_less_memory_is_the_same_gradient(less):
     batch, params = tokens(4, 17), params_of(tiny_model())
