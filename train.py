@@ -199,7 +199,7 @@ abstract = jax.eval_shape(init)
 where = shardings(abstract, mesh, fsdp)
 abstract = place(abstract, where)
 
-# created where it stays: no device ever holds all of it
+# what no file holds is created where it stays: no device ever holds all of it
 read_later = None if origin == 'scratch' else 'base' if lora_rank else 'params'
 rest = lambda state: {k: v for k, v in state.items() if k != read_later}
 create = jax.jit(lambda: rest(init()), out_shardings=rest(where))
