@@ -186,6 +186,22 @@ def test_a_signal_ends_the_run_after_saving_it(repo, number):
     assert_same_run(out_dir, Path(f'{out_dir}-whole'))
 
 
+@pytest.mark.parametrize('number', [None, signal.SIGINT])
+def test_a_run_is_saved_when_nobody_reads_its_output_any_more(repo, number):
+    """As in `python train.py | tee log.txt`, where Ctrl-C ends both."""
+    out_dir = repo / f'pipe{number}'
+    process = start(repo, 'train.py', *TINY, f'--out_dir={out_dir}', '--max_iters=100000', '--eval_interval=100000')
+    for line in process.stdout:
+        if line.startswith('iter 7:'):
+            if number:
+                process.send_signal(number)
+            process.stdout.close()
+            break
+    assert process.wait(timeout=60) == 128 + (number or signal.SIGPIPE) and 'Error' not in process.stderr.read()
+    [done] = [int(p.name) for p in (out_dir / 'checkpoints').iterdir()]
+    assert f'iter {done}:' in run(repo, 'train.py', '--init_from=resume', f'--out_dir={out_dir}', f'--max_iters={done}', '--device=cpu')
+
+
 def test_wandb_logs_without_a_network(repo):
     run(repo, 'train.py', *TINY, '--out_dir=with-wandb', '--max_iters=1', '--wandb_log=True', WANDB_DIR=str(repo))
     assert list((repo / 'wandb').glob('offline-run-*'))

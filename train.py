@@ -271,8 +271,13 @@ if wandb_log := wandb_log and jax.process_index() == 0:
 
 
 def say(text):
-    tqdm.write(text)  # to stdout, without tearing the bar on stderr
-    sys.stdout.flush()
+    try:
+        tqdm.write(text)  # to stdout, without tearing the bar on stderr
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as when a Ctrl-C has ended the `| tee log.txt` behind, too: save and stop
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not caught:
+            caught.append(signal.SIGPIPE)
 
 
 # -----------------------------------------------------------------------------
