@@ -918,7 +918,7 @@ RESUME = ['--init_from=resume', '--out_dir=finished']
     (['--init_from=resume', '--out_dir=no-checkpoint'], 'nothing to resume'), (['--out_dir=verse.txt/run'], 'verse.txt/run'),
     ([*RESUME, '--n_layer=3'], 'n_layer = 3: the run in finished has n_layer = 2'), ([*RESUME, '--bias=True'], 'bias = True'),
     ([*RESUME, '--dataset=other'], "dataset = 'other' has another vocabulary"), (['--out_dir=finished'], 'finished holds a run'),
-    (['--batch_size=1000000', '--block_size=200'], 'GiB needed, a device has'),
+    (['--batch_size=1000000', '--block_size=200'], 'out of memory (needs'),
 ])
 def test_a_mistake_in_training_is_named_before_anything_is_done(finished, args, message):
     before = log_of(finished / 'finished')
