@@ -1,4 +1,5 @@
-# dials any recipe down to what a laptop's CPU does in a minute: the CPU run of nanoGPT's README
+# dial any recipe down to about a minute on a laptop's CPU: put this file after the recipe
+# the line below is the CPU run of nanoGPT's README
 # python train.py config/train_shakespeare_char.py config/laptop.py
 
 eval_iters = 20

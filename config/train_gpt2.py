@@ -1,4 +1,5 @@
-# GPT-2 (124M) on OpenWebText, with nanoGPT's values: to a loss of about 2.85 in some days on 8 large GPUs
+# train GPT-2 (124M) on OpenWebText, with nanoGPT's values
+# nanoGPT reaches a loss of ~2.85 with them, in about 4 days on 8 A100 GPUs
 # python train.py config/train_gpt2.py
 
 out_dir = 'out-gpt2'
@@ -7,7 +8,8 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
 # these make the total batch size be ~0.5M
-# 12 batch size * 1024 block size * 40 gradient accumulation steps = 491,520 tokens, on however many devices
+# 12 batch size * 1024 block size * 40 gradient accumulation steps = 491,520 tokens,
+# whatever the number of devices
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

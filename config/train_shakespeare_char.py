@@ -1,11 +1,12 @@
-# a miniature character-level model of Shakespeare, with nanoGPT's values
+# train a miniature character-level Shakespeare model, with nanoGPT's values
 # python train.py config/train_shakespeare_char.py
 
 out_dir = 'out-shakespeare-char'
 eval_interval = 250  # keep frequent because we'll overfit
 eval_iters = 200
 log_interval = 10  # don't print too often
-always_save_checkpoint = False  # we expect to overfit on this small dataset, so only save when val improves
+# we expect to overfit on this small dataset, so only save when val improves
+always_save_checkpoint = False
 
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt'

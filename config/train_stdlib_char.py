@@ -1,11 +1,11 @@
-# a small character-level model of Python source code, trained in about two minutes on two CPU cores
+# train a small character-level model of Python source code, in about two minutes on two CPU cores
 # python train.py config/train_stdlib_char.py
 
 out_dir = 'out-stdlib-char'
 eval_interval = 250
 eval_iters = 40
 log_interval = 10
-sample_tokens = 300  # watch it learn
+sample_tokens = 300  # watch it learn to write Python
 wandb_project = 'stdlib-char'
 wandb_run_name = 'mini-gpt'
 
@@ -17,7 +17,7 @@ block_size = 128
 n_layer = 4
 n_head = 4
 n_embd = 128
-dropout = 0.0  # one pass over 10 MB: nothing to overfit
+dropout = 0.0  # we draw fewer tokens than the dataset has, so we won't overfit
 
 learning_rate = 3e-3
 max_iters = 2000

@@ -1,11 +1,11 @@
-# a small model that tells stories, after the JAX miniGPT tutorial
+# train a small model that tells stories, after the JAX miniGPT tutorial
 # python train.py config/train_tinystories.py
 
 out_dir = 'out-tinystories'
 eval_interval = 1000
 eval_iters = 40
 log_interval = 10
-sample_tokens = 200  # a story
+sample_tokens = 200  # about one story
 wandb_project = 'tinystories'
 wandb_run_name = 'mini-gpt'
 
@@ -19,11 +19,11 @@ n_head = 4
 n_embd = 128
 bias = True
 
-# plain Adam, at the same rate from first to last
+# plain Adam at a constant learning rate: no weight decay, no clipping
 learning_rate = 1e-3
 decay_lr = False
 beta2 = 0.999
 weight_decay = 0.0
 grad_clip = 0.0
-max_iters = 66000  # 2.1 million stories, 32 at a time
+max_iters = 66000  # 32 sequences each, so about one sequence for each of 2.1 million stories
 lr_decay_iters = 66000

@@ -3,8 +3,8 @@ Tiny Shakespeare, character by character: nanoGPT's first dataset.
 
     python data/shakespeare_char/prepare.py
 
-Reads input.txt beside this script, or downloads it there (1 MB). Writes train.bin and val.bin (uint16 ids, the first
-90% of the text and the rest) and meta.json.
+Reads input.txt in this folder, and downloads it first (1 MB) if it is not there. Writes train.bin
+(uint16 ids of the first 90% of the text), val.bin (the rest) and meta.json.
 """
 import hashlib
 import json
@@ -25,12 +25,13 @@ if not source.exists():
         with urllib.request.urlopen(url, timeout=30) as response:
             content = response.read()
     except OSError as e:
-        sys.exit(f'prepare.py: error: no download ({e}): put {url} at {source} and run this again')
+        sys.exit(f'prepare.py: error: could not download {url} ({e}): '
+                 f'save it as {source} and run this again')
     (here / 'input.txt.tmp').write_bytes(content)
     os.replace(here / 'input.txt.tmp', source)
 if hashlib.sha256(source.read_bytes()).hexdigest() != sha256:
-    sys.exit(f'prepare.py: error: {source} is not the text that {url} serves; delete it to have it downloaded '
-             '(for a text of your own: data/text/prepare.py)')
+    sys.exit(f'prepare.py: error: {source} is not the text at {url}: delete it and run this again to '
+             'download it (for a text of your own, use data/text/prepare.py)')
 text = source.read_text(encoding='utf-8')
 
 chars = ''.join(sorted(set(text)))
@@ -39,7 +40,8 @@ ids = np.array([id_of[c] for c in text], '<u2')
 n = int(0.9 * len(ids))
 assert (len(chars), n, len(ids) - n) == (65, 1_003_854, 111_540)
 
-# Written under other names first, and val.bin last: a run that breaks off leaves no half dataset that looks whole.
+# Write every file under a temporary name and rename val.bin last: a run that is interrupted never
+# leaves half a dataset that looks complete.
 (here / 'val.bin').unlink(missing_ok=True)
 ids[:n].tofile(here / 'train.bin.tmp')
 ids[n:].tofile(here / 'val.bin.tmp')
