@@ -11,10 +11,10 @@ import sys
 from dataclasses import replace
 
 # -----------------------------------------------------------------------------
-init_from = 'resume'  # 'resume': the run in out_dir; 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a path: a run directory or GPT-2's files
+init_from = 'resume'  # 'resume': the run in out_dir; 'gpt2', 'gpt2-medium', ..., or a path: a run or GPT-2's files
 out_dir = 'out'  # the run directory that train.py wrote
 checkpoint = 'best'  # 'best' by validation loss, or 'latest'
-start = '\n'  # the prompt; FILE:prompt.txt reads it from a file, '<|endoftext|>' is understood where the tokenizer has it
+start = '\n'  # the prompt; FILE:prompt.txt reads it from a file; may hold '<|endoftext|>' if the tokenizer has it
 num_samples = 10  # number of samples to draw
 max_new_tokens = 500  # number of tokens generated in each sample
 temperature = 0.8  # 1.0: as trained; below: less random; above: more random; 0.0: always the likeliest token
@@ -22,12 +22,13 @@ top_k = 200  # keep only the top_k likeliest tokens; 0: all
 top_p = 1.0  # then keep only the likeliest tokens that together reach this probability
 seed = 1337
 device = ''  # 'cpu', 'gpu' or 'tpu'; '': the best that JAX finds
-dtype = ''  # of activations, 'float32' or 'bfloat16'; '': as trained, but on CPUs always float32
-compile_cache = True  # keep what is compiled in ~/.cache/nanogpt-jax, so that it starts faster the next time
+dtype = ''  # 'float32' or 'bfloat16'; '': as trained, but always float32 on a CPU
+compile_cache = True  # keep compiled programs in ~/.cache/nanogpt-jax: the next start is faster
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 # -----------------------------------------------------------------------------
 
-check(num_samples=(1, 10**6), max_new_tokens=(1, 10**9), temperature=(0, 10**6), top_k=(0, 10**9), seed=(0, 2**32 - 1))
+check(num_samples=(1, 10**6), max_new_tokens=(1, 10**9), temperature=(0, 10**6), top_k=(0, 10**9),
+      seed=(0, 2**32 - 1))
 if not 0 < top_p <= 1:
     fail(f'top_p = {top_p}: must be above 0 and at most 1')
 if checkpoint not in ('best', 'latest'):
@@ -39,33 +40,35 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from model import build, find_devices, keep_compiled, stream
-from rundir import open_model, tokenizer
+from dataset import tokenizer
+from devices import count_cpus, find_devices, keep_compiled
+from model import build, stream
+from rundir import open_model
 
-with refuse(ValueError):
-    find_devices(device)
-if compile_cache:
-    keep_compiled()
+with refuse(ValueError, OSError):
+    cpus = count_cpus(find_devices(device))
+    if compile_cache:
+        keep_compiled()
+    config, meta, read = open_model(out_dir if init_from == 'resume' else init_from, checkpoint)
+    config = replace(config, dtype=dtype or config.dtype, cpus=cpus)
+    encode, decode, eot = tokenizer(meta['tokenizer'])
 
 # encode the beginning of the prompt
-with refuse(ValueError, OSError):
-    config, meta, read = open_model(out_dir if init_from == 'resume' else init_from, checkpoint)
-    config = replace(config, dtype=dtype or config.dtype)
-    encode, decode, eot = tokenizer(meta['tokenizer'])
 if start.startswith('FILE:'):
-    with refuse(OSError), open(start[5:], encoding='utf-8') as f:
-        try:
+    try:
+        with refuse(OSError), open(start[5:], encoding='utf-8') as f:
             start = f.read()
-        except UnicodeDecodeError:
-            fail(f'{start[5:]}: not UTF-8 text')
+    except UnicodeDecodeError:
+        fail(f'{start[5:]}: not UTF-8 text')
 with refuse(ValueError):
     prompt = encode(start)
 if not prompt:
     fail('start is empty: give at least one character to go on from')
 if len(prompt) > config.block_size:
-    print(f'warning: the prompt has {len(prompt)} tokens, of which the model sees the last {config.block_size}', file=sys.stderr)
+    print(f'warning: the prompt has {len(prompt)} tokens, of which the model sees the last {config.block_size}',
+          file=sys.stderr)
 
-# run generation: all samples at once, or a single one as it is made
+# run generation: all samples at once, and a single one is printed as it is made
 with refuse(ValueError, OSError):
     model = build(config, read())
 live = num_samples == 1 and sys.stdout.isatty()

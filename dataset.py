@@ -1,0 +1,127 @@
+"""
+From .bin files to batches. A batch is a pure function of (seed, split, step): resuming needs no other
+state, and every mesh sees the same sequences.
+"""
+import functools
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+
+# what a dataset without a meta.json holds
+GPT2_META = {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
+
+
+def read_json(path):
+    """The dict in a JSON file. Raises ValueError if there is none in it."""
+    try:
+        value = json.loads(Path(path).read_text(encoding='utf-8'))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f'{path} is not a JSON object')
+    return value
+
+
+def open_dataset(folder, block_size):
+    """({'train': tokens, 'val': tokens}, meta) of a dataset's folder, memory-mapped. Raises
+    ValueError if files are missing, damaged or too short, or if tokens are outside the
+    vocabulary."""
+    folder, data = Path(folder), {}
+    meta = GPT2_META
+    if (folder / 'meta.json').exists():
+        meta = read_json(folder / 'meta.json')
+        tokenizer, size = meta.get('tokenizer', {}), meta.get('vocab_size')
+        fits = {'char': len(tokenizer.get('chars', '')) == size, 'tiktoken': 'name' in tokenizer}
+        if type(size) is not int or not fits.get(tokenizer.get('kind')):
+            raise ValueError(f'{folder}/meta.json lacks vocab_size or a tokenizer that fits it; prepare '
+                             'the dataset again')
+    for split in ('train', 'val'):
+        path = folder / f'{split}.bin'
+        if not path.exists():
+            own = folder / 'prepare.py'
+            script = own if own.exists() else f'data/text/prepare.py YOUR_FILES --name={folder.name}'
+            raise ValueError(f'dataset = {folder.name!r} is not prepared: run python {script}')
+        size = path.stat().st_size
+        if size % 2 or size // 2 <= block_size:
+            raise ValueError(f'{path} holds {size:,} bytes: it needs two for each token, and more than '
+                             f'block_size = {block_size} tokens')
+        data[split] = np.memmap(path, '<u2', 'r')
+        # the first 100 million tokens are checked here, and every batch again in load_batch()
+        if (highest := int(data[split][:10**8].max())) >= meta['vocab_size']:
+            raise ValueError(f'{path} holds token {highest}, but the vocabulary has {meta["vocab_size"]}; '
+                             'prepare the dataset again')
+    return data, meta
+
+
+def tokenizer(meta):
+    """(encode, decode, eot) for the tokenizer in a meta.json: text to ids, ids to text, and the id
+    of <|endoftext|> or None. Raises ValueError if its vocabulary cannot be downloaded, as does
+    encode for characters that it does not know."""
+    if meta['kind'] == 'char':
+        chars = meta['chars']
+        id_of = {c: i for i, c in enumerate(chars)}
+
+        def encode(text):
+            if unknown := ''.join(sorted(set(text) - set(chars))):
+                raise ValueError(f'the tokenizer does not know {unknown!r}; it knows {chars!r}')
+            return [id_of[c] for c in text]
+
+        return encode, lambda ids: ''.join(chars[i] for i in ids), None
+    import tiktoken
+    try:
+        enc = tiktoken.get_encoding(meta['name'])
+    except Exception as e:  # an error of the HTTP library, or a damaged cache
+        raise ValueError(f'the vocabulary {meta["name"]} cannot be loaded ({type(e).__name__}): README.md, '
+                         'troubleshooting, says what to do') from None
+    return functools.partial(enc.encode, allowed_special={'<|endoftext|>'}), enc.decode, enc.eot_token
+
+
+def padded(vocab_size):
+    """50257 becomes 50304, a multiple of 64: large matrices multiply faster so. The extra rows are
+    never a target."""
+    return -(-vocab_size // 64) * 64 if vocab_size > 1024 else vocab_size
+
+
+def micro_batches(n, batch_size, n_devices):
+    """(G, B): n sequences as G micro-batches of B sequences, at most batch_size on each device.
+    Raises ValueError if n is not divisible by n_devices."""
+    for G in range(1, n // n_devices + 1):
+        if n % (G * n_devices) == 0 and n // (G * n_devices) <= batch_size:
+            return G, n // G
+    raise ValueError(f'{n} sequences cannot be divided among {n_devices} devices: let batch_size = '
+                     f'{batch_size} or the number of batches be a multiple of '
+                     f'{n_devices // math.gcd(batch_size, n_devices)}')
+
+
+def train_starts(data, shape, block_size, seed, step):
+    """Where the sequences of a training step begin: `shape` = (G, B) positions. Multiples of the
+    golden ratio modulo 1 spread evenly over the data (a Weyl sequence), so that one epoch sees
+    every part equally often. Independent random draws would leave out a third of the data."""
+    n = math.prod(shape)
+    index = np.arange(step * n, (step + 1) * n, dtype=np.uint64)
+    offset = np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
+    golden = np.uint64(0x9E3779B97F4A7C15)  # times 2^64; the overflow of its multiples is the modulo
+    share = (index * golden + offset >> np.uint64(11)) / 2**53
+    return (share * (len(data) - block_size)).astype(np.int64).reshape(shape)
+
+
+def eval_starts(data, shape, block_size):
+    """Where the sequences of an evaluation begin: evenly over the data, the same ones every
+    time."""
+    return np.linspace(0, len(data) - block_size - 1, math.prod(shape)).astype(np.int64).reshape(shape)
+
+
+def load_batch(data, starts, block_size, vocab_size, sharding):
+    """The tokens (G, B, block_size + 1) that begin at `starts` (G, B), as an array with this
+    sharding. A process reads only what its own devices need. Raises ValueError for a token outside
+    the vocabulary, which JAX would clip without a word."""
+    def read(index):
+        tokens = data[starts[index[:2]][..., None] + np.arange(block_size + 1)]
+        if tokens.max() >= vocab_size:
+            raise ValueError(f'{data.filename} holds token {tokens.max()}, but the vocabulary has '
+                             f'{vocab_size}')
+        return tokens
+    return jax.make_array_from_callback((*starts.shape, block_size + 1), sharding, read)

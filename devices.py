@@ -1,0 +1,212 @@
+"""
+What there is to compute with: devices, processes, the mesh, and compiling for it.
+No other file asks which platform this is.
+"""
+import contextlib
+import functools
+import math
+import os
+import platform
+import re
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from tqdm import tqdm
+
+# Peak bfloat16 matmul FLOP/s of a device, without sparsity, from the makers' data sheets. The keys
+# are how jax.Device.device_kind begins.
+PEAK_FLOPS = {'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12,
+              'NVIDIA L4': 121e12, 'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5p': 459e12,
+              'TPU v6 lite': 918e12}
+
+
+def find_devices(kind=''):
+    """All devices of a kind, 'cpu', 'gpu' or 'tpu'; of the best kind that JAX finds for ''. Only
+    join_processes() may run before. Raises ValueError if there are none."""
+    if kind:
+        jax.config.update('jax_platforms', {'gpu': 'cuda'}.get(kind, kind))
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError):
+        raise ValueError(f'device = {kind!r}: JAX finds no such device here. README.md says what to '
+                         'install for a GPU or a TPU') from None
+
+
+def count_cpus(devices):
+    """How many of these devices are CPUs: all or none. Goes into GPTConfig."""
+    return len(devices) if devices[0].platform == 'cpu' else 0
+
+
+def peak_flops(devices):
+    """Peak FLOP/s of these devices together, or None where it is unknown."""
+    for kind, flops in PEAK_FLOPS.items():
+        if devices[0].device_kind.startswith(kind):
+            return len(devices) * flops
+
+
+def best_dtype(devices):
+    """What to train in: bfloat16, but float32 on a CPU that has no bfloat16 instructions."""
+    try:
+        fast = devices[0].platform != 'cpu' or ' avx512_bf16 ' in Path('/proc/cpuinfo').read_text()
+    except OSError:
+        fast = False
+    return 'bfloat16' if fast else 'float32'
+
+
+def make_mesh(devices, data=-1, tensor=1):
+    """A mesh of devices with the axes `data` and `tensor`; data = -1 takes all that are left.
+    Raises ValueError if the numbers do not fit."""
+    data = len(devices) // tensor if data == -1 else data
+    if data * tensor != len(devices):
+        raise ValueError(f'mesh_data = {data} times mesh_tensor = {tensor} is not {len(devices)}, '
+                         'the number of devices')
+    return jax.make_mesh((data, tensor), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2,
+                         devices=devices)
+
+
+# -----------------------------------------------------------------------------
+# many processes, one for each host or each GPU
+
+
+def join_processes(coordinator='', num_processes=1, process_id=0):
+    """Joins the processes that train together: process `process_id` of `num_processes`, with the
+    address of process 0, HOST:PORT, as the `coordinator`. Without one, Slurm, Open MPI or a TPU pod
+    may tell; if none does, this process is alone. Must run before JAX does anything else. Raises
+    ValueError, or RuntimeError if the others do not come within five minutes."""
+    if not re.fullmatch(r'.+:\d+' if num_processes > 1 else r'(.+:\d+)?', coordinator):
+        raise ValueError(f'coordinator = {coordinator!r}: num_processes = {num_processes} needs '
+                         '--coordinator=HOST:PORT, the address of process 0')
+    timeouts = dict(heartbeat_timeout_seconds=30, shutdown_timeout_seconds=60)
+    if coordinator:
+        print(f'process {process_id} of {num_processes} waits for the others at {coordinator}',
+              flush=True)
+        jax.distributed.initialize(coordinator, num_processes, process_id, **timeouts)
+    else:
+        with contextlib.suppress(ValueError):  # nobody tells: this process is alone
+            jax.distributed.initialize(**timeouts)
+
+
+def only_process_0_prints():
+    """Silences the other processes: each of them would print the same."""
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, 'w')
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+def max_over_processes(number, mesh):
+    """The highest `number`, an int, of all processes. With many of them it is an array, so that you
+    can read it later and do not wait for the others now."""
+    if jax.process_count() == 1:
+        return number
+    sharding = NamedSharding(mesh, P(mesh.axis_names))
+    mine = lambda index: np.full(1, number, np.int32)
+    return array_max(jax.make_array_from_callback((mesh.size,), sharding, mine))
+
+
+@jax.jit
+def array_max(numbers):
+    return numbers.max()
+
+
+class StopSignal:
+    """Catches Ctrl-C (SIGINT) and SIGTERM, so that the loop can finish its iteration and save. A
+    second one ends the process at once."""
+
+    def __init__(self, mesh):
+        self.mesh, self.number, self.asked = mesh, 0, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame=None):
+        self.number = self.number or number
+        if number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+    @property
+    def name(self):
+        return signal.Signals(self.number).name
+
+    def received(self):
+        """The signal that some process has caught, 0 if none. All processes must call this equally
+        often: they get what all of them knew one call ago, so nobody waits and all stop at the same
+        iteration."""
+        if jax.process_count() > 1:
+            known, self.asked = int(self.asked), max_over_processes(self.number, self.mesh)
+            if not known:
+                return 0
+            self.number = known
+        return self.number
+
+
+# -----------------------------------------------------------------------------
+# compiling
+
+
+def keep_compiled():
+    """Keeps compiled programs in the user's cache directory, so that the next start is faster."""
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    # one folder for each host: code for one CPU may not run on another
+    folder = os.path.join(cache, 'nanogpt-jax', platform.node())
+    jax.config.update('jax_compilation_cache_dir', folder)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+def side_by_side(*functions):
+    """Calls functions that compile and returns their results. On a CPU two run at a time. GPUs and
+    TPUs do one after the other, because their compilers choose code by its speed on the device."""
+    with ThreadPoolExecutor(2 if jax.default_backend() == 'cpu' else 1) as threads:
+        return list(threads.map(lambda function: function(), functions))
+
+
+def compile_for(mesh, lowered):
+    """Compiles a lowered program for a mesh. Raises MemoryError if it needs more than a device has:
+    otherwise a CPU's operating system would kill the process without a word."""
+    on_cpu = mesh.devices.flat[0].platform == 'cpu'
+    # less effort makes the same speed on a CPU, in three quarters of the compile time
+    effort = {'xla_backend_optimization_level': 1, 'xla_llvm_disable_expensive_passes': True}
+    with memory_errors():
+        program = lowered.compile(compiler_options=effort if on_cpu else None)
+    use = program.memory_analysis()
+    needed = (use.argument_size_in_bytes + use.temp_size_in_bytes + use.output_size_in_bytes
+              - use.alias_size_in_bytes)
+    if on_cpu:  # simulated devices share the memory
+        limit, needed = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'), needed * mesh.size
+    else:
+        limit = (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', math.inf)
+    if needed > limit:
+        raise out_of_memory(f'needs {needed / 2**30:.1f} GiB, a device has {limit / 2**30:.1f}')
+    return program
+
+
+def out_of_memory(reason):
+    return MemoryError(f'out of memory ({reason}): lower batch_size and raise gradient_accumulation_steps '
+                       'as much, or lower block_size or the size of the model; with several devices, try '
+                       '--fsdp=True')
+
+
+@contextlib.contextmanager
+def memory_errors():
+    """Turns XLA's errors about memory into a MemoryError that says what to do."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if 'RESOURCE_EXHAUSTED' not in str(e):
+            raise
+        raise out_of_memory(str(e).splitlines()[0]) from None
+
+
+@contextlib.contextmanager
+def profiled(n, folder):
+    """Around step n of a run: writes a trace of the steps 10 to 14 to the folder, if there is
+    one."""
+    if folder and n == 10:
+        jax.profiler.start_trace(folder)
+    if folder and n == 16:  # by now step 14 has been waited for
+        jax.profiler.stop_trace()
+    with jax.profiler.StepTraceAnnotation('train', step_num=n):
+        yield

@@ -1,0 +1,138 @@
+"""
+What a run says: on the terminal, in log.csv, in loss.png, and to wandb.
+"""
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from rundir import RunError, write
+
+
+class Log:
+    """Everything that a run says: on the terminal, in log.csv, in loss.png, and to wandb. The file
+    goes on where the run does, at first_iter: later rows, which the run is about to make again, and
+    cut-off ones are dropped."""
+    columns = ['iter', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'skipped', 'time_ms',
+               'tokens_per_s']
+
+    def __init__(self, out_dir, first_iter, max_iters, log_interval, tokens_per_iter, mfu, max_skipped,
+                 stop, wandb_run=None, writes=True):
+        self.title, self.path, self.file = out_dir, Path(out_dir, 'log.csv'), None
+        self.first_iter, self.log_interval = first_iter, log_interval
+        self.tokens_per_iter = tokens_per_iter
+        self.mfu, self.max_skipped, self.stop, self.wandb_run = mfu, max_skipped, stop, wandb_run
+        self.running_mfu = self.pending = None
+        if writes and jax.process_index() == 0:
+            lines = [','.join(self.columns) + '\n']
+            if first_iter > 0 and self.path.exists():
+                for line in self.path.read_text(encoding='utf-8').splitlines(keepends=True):
+                    whole = line.endswith('\n') and line[0].isdigit()
+                    if whole and int(line.split(',')[0]) < first_iter:
+                        lines.append(line)
+            write(self.path, ''.join(lines))
+            self.file = open(self.path, 'a', buffering=1, encoding='utf-8')
+        self.start_time = self.last_time = self.last_plot = time.time()
+        self.bar = tqdm(total=max_iters + 1, initial=first_iter, unit='it', disable=None,
+                        dynamic_ncols=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def say(self, text):
+        """Prints without tearing the progress bar."""
+        try:
+            tqdm.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:  # as when Ctrl-C also ends the `tee` behind train.py: save and stop
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.stop.catch(signal.SIGPIPE)
+
+    def iteration(self, n, lr, metrics):
+        """Reports the iteration before n. Its results are there by now, and n runs on: devices
+        never wait."""
+        self.flush()
+        self.pending = n, lr, metrics
+
+    def flush(self):
+        """Reports the last iteration and waits for it."""
+        if not self.pending:
+            return
+        (n, lr, metrics), self.pending = self.pending, None
+        metrics = {k: float(v) for k, v in metrics.items()}
+        dt, self.last_time = time.time() - self.last_time, time.time()
+        tokens_per_s = self.tokens_per_iter / dt
+        mfu = self.mfu(tokens_per_s)
+        if mfu and n - self.first_iter >= 5:  # let the training loop settle a bit
+            self.running_mfu = 0.9 * self.running_mfu + 0.1 * mfu if self.running_mfu else mfu
+        self.bar.update(1)
+        if n % self.log_interval == 0:
+            mfu = f'{100 * self.running_mfu:.2f}%' if self.running_mfu else 'n/a'
+            skipped = f", skipped {metrics['skipped']:.0f}" if metrics['skipped'] else ''
+            self.say(f"iter {n}: loss {metrics['loss']:.4f}, time {dt * 1000:.2f}ms, mfu {mfu}, "
+                     f"tok/s {tokens_per_s:,.0f}{skipped}")
+            row = {k: v for k, v in metrics.items() if k in self.columns}
+            self.row(iter=n, lr=lr, time_ms=dt * 1000, tokens_per_s=tokens_per_s, **row)
+        if metrics['skipped_in_a_row'] >= self.max_skipped:
+            raise RunError(
+                f'the gradients of {self.max_skipped} iterations in a row, up to {n}, were not finite, and '
+                'their updates were skipped. The checkpoints are good. Try a lower learning_rate, more '
+                'warmup_iters, --dtype=float32, or --debug_nans=True to see where')
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What happens inside is not part of an iteration's time."""
+        self.flush()
+        yield
+        self.last_time = time.time()
+
+    def evaluation(self, n, losses, lr):
+        self.say(f"step {n}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        if self.wandb_run:
+            self.wandb_run.log({'iter': n, 'train/loss': losses['train'], 'val/loss': losses['val'],
+                                'lr': lr, 'mfu': 100 * (self.running_mfu or 0)}, step=n)
+        self.row(iter=n, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
+        if time.time() - self.last_plot > 30:  # a picture takes as long as some iterations
+            self.plot()
+            self.last_plot = time.time()
+
+    def row(self, **row):
+        if self.file:
+            self.file.write(','.join(f'{row[c]:.7g}' if c in row else '' for c in self.columns) + '\n')
+
+    def plot(self):
+        if not self.file:
+            return
+        from matplotlib.figure import Figure  # without pyplot there is no window system to look for
+        log = np.genfromtxt(self.path, delimiter=',', names=True, ndmin=1)
+        figure = Figure(figsize=(8, 5), layout='constrained')
+        top, bottom = figure.subplots(2, sharex=True, height_ratios=[4, 1])
+        for name, style in (('loss', dict(color='tab:blue', alpha=0.3, label='batch')),
+                            ('train_loss', dict(color='tab:blue', marker='.', label='train')),
+                            ('val_loss', dict(color='tab:orange', marker='.', label='val'))):
+            there = ~np.isnan(log[name])
+            top.plot(log['iter'][there], log[name][there], **style)
+        bottom.plot(log['iter'], log['lr'], color='tab:gray')
+        top.set(ylabel='loss', title=self.title)
+        top.legend()
+        top.grid(alpha=0.3)
+        bottom.set(xlabel='iteration', ylabel='learning rate')
+        png = self.path.with_name('loss.png')
+        figure.savefig(f'{png}.tmp', format='png', dpi=100)
+        os.replace(f'{png}.tmp', png)
+
+    def summary(self, iter_num):
+        """Prints how long the run took."""
+        seconds, n = time.time() - self.start_time, iter_num - self.first_iter
+        tokens = n * self.tokens_per_iter
+        self.say(f'{n:,} iterations in {seconds:.1f}s, {tokens:,} tokens, '
+                 f'{tokens / seconds:,.0f} tokens/s')

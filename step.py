@@ -1,0 +1,328 @@
+"""
+One training step on any mesh: optimizer, state, LoRA, sharding, gradient, train_step, eval_step.
+
+Letters: G micro-batches of B sequences in a step, T tokens in a sequence.
+"""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.nnx.traversals import flatten_mapping, unflatten_mapping
+from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
+
+from devices import compile_for, peak_flops
+from model import build, flops_per_token, init_params
+
+# -----------------------------------------------------------------------------
+# optimizer and state
+
+
+def make_optimizer(beta1, beta2, weight_decay, grad_clip):
+    """AdamW with gradients clipped at a global norm (0: not clipped). Only matrices decay, biases
+    and norms do not. The learning rate is missing: train_step multiplies it in."""
+    is_matrix = lambda path, x: path[-1].key != 'bias' and x.ndim >= 2
+    matrices = lambda params: jax.tree_util.tree_map_with_path(is_matrix, params)
+    return optax.chain(
+        optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
+        optax.scale_by_adam(beta1, beta2),
+        optax.add_decayed_weights(weight_decay, matrices))
+
+
+def get_lr(it, learning_rate, warmup_iters, lr_decay_iters, min_lr):
+    """The learning rate of iteration `it`: linear warm-up, then a cosine down to min_lr (nanoGPT's
+    formula)."""
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it > lr_decay_iters:
+        return min_lr
+    decay_ratio = (it - warmup_iters) / max(lr_decay_iters - warmup_iters, 1)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * decay_ratio)) * (learning_rate - min_lr)
+
+
+def init_state(config, tx, seed):
+    """What a checkpoint holds: parameters, optimizer state, counters of steps and of skipped
+    updates, and the loss scale, which only float16 needs. `base` holds the parameters that LoRA
+    freezes, {} without LoRA."""
+    params, base = split_lora(init_params(config, seed), config)
+    counters = 'step', 'skipped', 'skipped_in_a_row', 'scale_age'
+    return {'params': params, 'base': base, 'opt_state': tx.init(params),
+            'loss_scale': jnp.float32(2**15 if config.dtype == 'float16' else 1),
+            **{name: jnp.zeros((), jnp.int32) for name in counters}}
+
+
+def all_params(state):
+    return join_lora(state['params'], state['base'])
+
+
+def estimate_mfu(config, n_params, n_frozen, tokens_per_second, devices):
+    """Model FLOPs utilization, the share of the devices' peak; None where the peak is unknown."""
+    peak = peak_flops(devices)
+    return peak and flops_per_token(config, n_params, n_frozen) * tokens_per_second / peak
+
+
+# -----------------------------------------------------------------------------
+# LoRA: state['params'] are the adapters, which are trained, and state['base'] is the frozen rest
+
+
+def split_lora(params, config):
+    """(trained, frozen): with LoRA the adapters and the rest, without it everything and {}."""
+    trained, frozen = {}, {}
+    for path, x in flatten_mapping(params).items():
+        is_trained = path[-1] in ('lora_A', 'lora_B') or not config.lora_rank
+        (trained if is_trained else frozen)[path] = x
+    return unflatten_mapping(trained), unflatten_mapping(frozen)
+
+
+def join_lora(trained, frozen):
+    """What split_lora() took apart."""
+    if not frozen:
+        return trained
+    return unflatten_mapping(flatten_mapping(trained) | flatten_mapping(frozen))
+
+
+def merge_lora(params, config):
+    """Adds the adapters to the weights: the parameters of a model without LoRA that computes the
+    same."""
+    flat, merged = flatten_mapping(params), {}
+    for path, x in flat.items():
+        if path[-1] in ('lora_A', 'lora_B'):
+            continue
+        A, B = (flat.get((*path[:-1], name)) for name in ('lora_A', 'lora_B'))
+        if path[-1] == 'weight' and A is not None:
+            x += config.lora_alpha / config.lora_rank * jnp.tensordot(A, B, 1, precision='highest')
+        merged[path] = x
+    return unflatten_mapping(merged)
+
+
+def lora_table(trained, frozen, config):
+    """How many parameters LoRA trains, as text."""
+    sizes = {path: x.size for path, x in flatten_mapping(trained).items()}
+    n, n_frozen = sum(sizes.values()), sum(x.size for x in jax.tree.leaves(frozen))
+    n_A = sum(size for path, size in sizes.items() if path[-1] == 'lora_A')
+    lines = [f'LoRA of rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {len(sizes) // 2} matrices']
+    for name, size, note in (('trainable', n, f'A {n_A:,}, B {n - n_A:,}'), ('frozen', n_frozen, ''),
+                             ('total', n + n_frozen, '')):
+        lines.append(f'  {name:10} {size:>15,} {100 * size / (n + n_frozen):6.2f}%  {note}'.rstrip())
+    return '\n'.join(lines)
+
+
+# -----------------------------------------------------------------------------
+# sharding
+
+# The dimension of each matrix that the tensor axis splits (Megatron-LM): the first matrix of
+# attention and MLP by column and the second by row, so that each needs a single all-reduce, and the
+# embedding by token. LoRA's A goes with a matrix that is split by row, its B with one that is split
+# by column. All else is on every device.
+TENSOR_SPLIT = {'wte': 0, 'attn.c_attn': -1, 'mlp.c_fc': -1, 'attn.c_proj': 0, 'mlp.c_proj': 0}
+
+
+def shardings(state, mesh, fsdp=False):
+    """The sharding of every array in a state, which may be abstract: Adam's moments like their
+    parameters. fsdp splits the largest dimension that is left over the data axis, too."""
+    n_data, n_tensor = mesh.shape['data'], mesh.shape['tensor']
+
+    def sharding(path, x):
+        names = [str(getattr(p, 'key', '')) for p in path]
+        layer, spec = '.'.join(names[:-1]), [None] * x.ndim
+        dim = next((d for suffix, d in TENSOR_SPLIT.items() if layer.endswith(suffix)), None)
+        if dim is not None and names[-1] in (('weight', 'lora_A') if dim == 0 else ('weight', 'lora_B', 'bias')):
+            if n_tensor > 1 and x.shape[dim] % n_tensor == 0:
+                spec[dim] = 'tensor'
+        free = [d for d in range(x.ndim) if spec[d] is None and x.shape[d] % n_data == 0]
+        if fsdp and n_data > 1 and free:
+            spec[max(free, key=lambda d: x.shape[d])] = 'data'
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def place(abstract, where):
+    """Abstract arrays with these shardings."""
+    put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(put, abstract, where)
+
+
+def place_on(mesh, fsdp=False):
+    """A function that gives abstract arrays their shardings on a mesh."""
+    return lambda abstract: place(abstract, shardings(abstract, mesh, fsdp))
+
+
+def place_on_one_device(abstract):
+    """Abstract arrays on the first device."""
+    return place(abstract, jax.tree.map(lambda x: SingleDeviceSharding(jax.devices()[0]), abstract))
+
+
+def abstract_state(config, tx, mesh, fsdp=False):
+    """The shapes and shardings of a state on a mesh."""
+    return place_on(mesh, fsdp)(jax.eval_shape(lambda: init_state(config, tx, 0)))
+
+
+def state_creator(config, tx, seed, abstract, leave_out=None):
+    """A jitted function that creates a new state with the shardings of `abstract`: no device ever
+    holds all of it. `leave_out` names an entry that will be read from a file."""
+    only = lambda state: {name: x for name, x in state.items() if name != leave_out}
+    where = jax.tree.map(lambda x: x.sharding, only(abstract))
+    return jax.jit(lambda: only(init_state(config, tx, seed)), out_shardings=where)
+
+
+def batch_sharding(mesh):
+    """Of tokens (G, B, T + 1): each data-parallel group of devices has some of the B sequences."""
+    return NamedSharding(mesh, P(None, 'data'))
+
+
+# -----------------------------------------------------------------------------
+# the gradient
+
+
+def batch_loss(params, base, tokens, key, config):
+    """The mean loss of tokens (B, T + 1). One CPU computes the batch as two independent halves:
+    while one runs something serial, the other uses the idle core (0.92 and 0.85 of the time on two
+    cores)."""
+    model, B = build(config, join_lora(params, base)), len(tokens)
+    parts = jnp.array_split(tokens, 2 if config.cpus == 1 and B > 1 else 1)
+    return sum(model.loss(part, jax.random.fold_in(key, i)) * (len(part) / B)
+               for i, part in enumerate(parts))
+
+
+def accumulate(loss_fn, params, base, tokens, key):
+    """Loss and gradient by params, summed over the micro-batches tokens (G, B, T + 1)."""
+    def micro_step(total, batch):
+        i, tokens = batch
+        micro_key = jax.random.fold_in(key, i)
+        loss_and_grads = jax.value_and_grad(loss_fn)(params, base, tokens, micro_key)
+        return jax.tree.map(jnp.add, total, loss_and_grads), None
+
+    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(micro_step, zero, (jnp.arange(len(tokens)), tokens))[0]
+
+
+def gather_params(params, data_specs, tensor_specs):
+    """Whole parameters from those that fsdp has split over the data axis. Its gradient is a
+    reduce-scatter: it sums over the axis and splits again. The nested shard_map keeps the split
+    over the tensor axis."""
+    def gather(x, data_spec, tensor_spec):
+        if 'data' not in data_spec:
+            return x
+        whole = lambda x: jax.lax.all_gather(x, 'data', axis=data_spec.index('data'), tiled=True)
+        return jax.shard_map(whole, in_specs=tensor_spec, out_specs=tensor_spec,
+                             axis_names={'tensor'}, check_vma=False)(x)
+
+    return jax.tree.map(gather, params, data_specs, tensor_specs)
+
+
+def sharded_grads(loss_fn, params, base, tokens, key, mesh, fsdp):
+    """accumulate() where the data axis has several groups of devices. Each group sums up the
+    gradients of its own sequences, and only the result is summed over the groups: one all-reduce in
+    an iteration, where GSPMD alone makes one in every micro-step. The tensor axis stays with
+    GSPMD."""
+    where = shardings((params, base), mesh, fsdp)
+    only = lambda axis: lambda s: P(*(a if a == axis else None for a in s.spec))
+    data_specs, tensor_specs = (jax.tree.map(only(axis), where) for axis in ('data', 'tensor'))
+
+    def gathered_loss(params, base, tokens, key):
+        # without the barrier, XLA gathers once for all micro-steps and keeps the whole parameters
+        params, base, tokens = jax.lax.optimization_barrier((params, base, tokens))
+        return loss_fn(*gather_params((params, base), data_specs, tensor_specs), tokens, key)
+
+    def group_grads(params, base, tokens, key):
+        key = jax.random.fold_in(key, jax.lax.axis_index('data'))
+        loss, grads = accumulate(gathered_loss if fsdp else loss_fn, params, base, tokens, key)
+        add_up = lambda grad, spec: grad if 'data' in spec else jax.lax.psum(grad, 'data')
+        totals = jax.lax.psum(loss, 'data'), jax.tree.map(add_up, grads, data_specs[0])
+        return jax.tree.map(lambda x: x / mesh.shape['data'], totals)
+
+    over_groups = jax.shard_map(
+        group_grads, mesh=mesh, in_specs=(*data_specs, P(None, 'data'), P()),
+        out_specs=(P(), data_specs[0]), axis_names={'data'}, check_vma=False)
+    return over_groups(params, base, tokens, key)
+
+
+def mean_grads(params, base, tokens, scale, key, config, mesh=None, fsdp=False):
+    """(loss, gradient by params) of the mean loss over tokens (G, B, T + 1). In between, the loss
+    is multiplied by `scale`, so that small gradients do not become zero in float16."""
+    loss_fn = lambda *args: scale * batch_loss(*args, config)
+    if mesh is None or mesh.shape['data'] == 1:
+        totals = accumulate(loss_fn, params, base, tokens, key)
+    else:
+        totals = sharded_grads(loss_fn, params, base, tokens, key, mesh, fsdp)
+    divisor = len(tokens) * (scale if config.dtype == 'float16' else 1)
+    return jax.tree.map(lambda x: x / divisor, totals)
+
+
+# -----------------------------------------------------------------------------
+# the steps
+
+
+def next_loss_scale(scale, age, finite):
+    """float16's loss scale, as large as it can be: halved when a gradient overflows, doubled after
+    every 2000 good steps."""
+    grown = jnp.where(age % 2000 == 0, 2 * scale, scale)
+    return jnp.where(finite, grown, jnp.maximum(scale / 2, 1))
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'tx', 'mesh', 'fsdp'),
+                   donate_argnames='state')
+def train_step(state, tokens, lr, key, config, tx, mesh=None, fsdp=False):
+    """One update from G micro-batches, tokens (G, B, T + 1). Returns the new state, in the memory
+    of the old one, and metrics: loss, grad_norm before clipping, and the counters skipped and
+    skipped_in_a_row. Where the gradient is not finite, parameters and optimizer stay as they
+    are."""
+    params, base, opt_state = state['params'], state['base'], state['opt_state']
+    scale = state['loss_scale']
+    key = jax.random.fold_in(key, state['step'])  # every step has dropout of its own
+    loss, grads = mean_grads(params, base, tokens, scale, key, config, mesh, fsdp)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    def update(params, opt_state):
+        updates, opt_state = tx.update(grads, opt_state, params)  # clips, too
+        return jax.tree.map(lambda p, u: p - lr * u, params, updates), opt_state
+
+    # a branch: choosing between old and new values would keep both, 0.4 GB more for 124M parameters
+    params, opt_state = jax.lax.cond(finite, update, lambda *old: old, params, opt_state)
+
+    age = jnp.where(finite, state['scale_age'] + 1, 0)
+    if config.dtype == 'float16':
+        scale = next_loss_scale(scale, age, finite)
+    skipped = {'skipped': state['skipped'] + ~finite,
+               'skipped_in_a_row': jnp.where(finite, 0, state['skipped_in_a_row'] + 1)}
+    state = {'params': params, 'base': base, 'opt_state': opt_state, 'step': state['step'] + 1,
+             'loss_scale': scale, 'scale_age': age, **skipped}
+    return state, {'loss': loss, 'grad_norm': grad_norm, **skipped}
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def eval_step(params, tokens, config):
+    """The mean loss of tokens (G, B, T + 1), without dropout."""
+    model = build(config, params)
+    return jax.lax.map(model.loss, tokens).mean()
+
+
+def abstract_tokens(shape, mesh, config):
+    """What load_batch() gives for `shape` = (G, B)."""
+    shape = *shape, config.block_size + 1
+    return jax.ShapeDtypeStruct(shape, np.uint16, sharding=batch_sharding(mesh))
+
+
+def lower_step(state, shape, mesh, config, tx, fsdp=False):
+    """train_step for a state, abstract or not, and batches of `shape` = (G, B), ready to be
+    compiled."""
+    tokens, key = abstract_tokens(shape, mesh, config), jax.random.key(0)
+    return train_step.lower(state, tokens, 0.0, key, config=config, tx=tx, mesh=mesh, fsdp=fsdp)
+
+
+def compile_step(state, shape, mesh, config, tx, fsdp=False):
+    """train_step compiled: a function of (state, tokens, lr, key)."""
+    step = compile_for(mesh, lower_step(state, shape, mesh, config, tx, fsdp))
+    if config.flash and '__cudnn$fmha' not in step.as_text():
+        raise ValueError('flash = True: the compiled step has no FlashAttention in it')
+    return step
+
+
+def compile_eval(params, shape, mesh, config):
+    """eval_step compiled: a function of (params, tokens)."""
+    tokens = abstract_tokens(shape, mesh, config)
+    return compile_for(mesh, eval_step.lower(params, tokens, config=config))
