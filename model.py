@@ -37,6 +37,10 @@ class GPTConfig:
     cpus: int = 0  # how many CPU devices run this, 0 on GPUs and TPUs; no property of the model
 
     @property
+    def one_cpu(self):
+        return self.cpus == 1
+
+    @property
     def activation_dtype(self):
         """The type of activations between matrices: XLA's bfloat16 code for CPUs is fast only at
         matmul."""
@@ -107,7 +111,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x):
         config, bias = self.config, None if self.bias is None else self.bias[...]
-        y = ops.linear(x, self.weight[...], bias, config.dtype, config.cpus)
+        y = ops.linear(x, self.weight[...], bias, config.dtype, config.one_cpu)
         if config.lora_rank:
             A, B = self.lora_A[...].astype(x.dtype), self.lora_B[...].astype(x.dtype)
             y += config.lora_alpha / config.lora_rank * jnp.tensordot(x @ A, B, 1)
@@ -132,7 +136,7 @@ class CausalSelfAttention(nnx.Module):
             y = ops.flash_attention(q, k, v)
         else:
             rate = 0.0 if key is None else config.dropout
-            y = ops.attention(q, k, v, rate, attn_key, config.dtype, config.cpus)
+            y = ops.attention(q, k, v, rate, attn_key, config.dtype, config.one_cpu)
         y = y.transpose(0, 2, 1, 3).reshape(B, T, C)  # all heads side by side again
         return ops.dropout(self.c_proj(y), config.dropout, resid_key), (k, v)
 
@@ -197,7 +201,7 @@ class GPT(nnx.Module):
 
     def head(self, x):
         """Logits (..., V) of features x (..., C)."""
-        return ops.logits(x, self.wte.weight[...], self.config.dtype, self.config.cpus)
+        return ops.logits(x, self.wte.weight[...], self.config.dtype, self.config.one_cpu)
 
     def __call__(self, idx, key=None):
         """Logits (B, T, V) for tokens idx (B, T). A key turns dropout on."""

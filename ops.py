@@ -11,7 +11,7 @@ length of the key-value cache.
 
 Two arguments come up again and again:
 dtype   the type in which matrices are multiplied; sums are float32, and the result has the type of x
-cpus    how many CPU devices run this, 0 on GPUs and TPUs: some code is only for XLA's CPU compiler
+one_cpu True where a single CPU runs this: some code is only for XLA's CPU compiler, or for one device
 """
 import functools
 import math
@@ -24,20 +24,19 @@ from jax.experimental.layout import Layout, with_layout_constraint
 barrier = jax.lax.optimization_barrier
 
 
-@functools.partial(jax.jit, static_argnames='cpus')  # a layout can only be set inside of jit
-def row_major(x, cpus):
-    """x. On a CPU its last dimension is contiguous in memory afterwards: XLA's fast matmul needs
-    that, and its bfloat16 matmul takes nothing else (a step takes 0.9 of the time)."""
-    if cpus == 1:
+@functools.partial(jax.jit, static_argnames='one_cpu')  # a layout can only be set inside of jit
+def row_major(x, one_cpu):
+    """x. On a CPU its last dimension is contiguous in memory afterwards: XLA's fast matmul needs that,
+    and its bfloat16 matmul takes nothing else (0.9)."""
+    if one_cpu:
         return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-    # with several devices, XLA would gather x to constrain its layout; a barrier makes a row-major
-    # copy, too
-    return barrier(x) if cpus else x
+    # with several devices, XLA would gather x to constrain its layout: a barrier will do, a bit slower
+    return jax.lax.platform_dependent(x, cpu=barrier, default=lambda x: x)
 
 
-def transpose(x, cpus):
+def transpose(x, one_cpu):
     """x (..., m, n) as (..., n, m). On a CPU this is a copy in row-major order."""
-    return row_major(x.swapaxes(-1, -2), cpus)
+    return row_major(x.swapaxes(-1, -2), one_cpu)
 
 
 def after(x, y):
@@ -56,17 +55,17 @@ def split_key(key, n):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def matmul(x, w, dtype, cpus=0, transposed=False):
+def matmul(x, w, dtype, one_cpu=False, transposed=False):
     """x @ w, for x (N, in) and w (in, *out); or x @ w.T, for w (out, in), if it is `transposed`."""
-    return matmul_forward(x, w, dtype, cpus, transposed)[0]
+    return matmul_forward(x, w, dtype, one_cpu, transposed)[0]
 
 
-def matmul_forward(x, w, dtype, cpus, transposed):
+def matmul_forward(x, w, dtype, one_cpu, transposed):
     result, x, w = x.dtype, x.astype(dtype), w.astype(dtype)
     return jnp.tensordot(x, w, (1, int(transposed)), preferred_element_type=result), (x, w)
 
 
-def matmul_backward(dtype, cpus, transposed, saved, dy):
+def matmul_backward(dtype, one_cpu, transposed, saved, dy):
     """dx = dy @ w.T and dw = x.T @ dy. The transpose of x is a copy of its own, because XLA
     multiplies a matrix that lies transposed in memory slowly (0.93). The barrier keeps XLA from
     computing x once more for that."""
@@ -74,7 +73,7 @@ def matmul_backward(dtype, cpus, transposed, saved, dy):
     dy_dims, w_dims = [*range(1, dy.ndim)], [0] if transposed else [*range(1, w.ndim)]
     dx = jnp.tensordot(dy, w, (dy_dims, w_dims), preferred_element_type=result)
     left, right = (dy, x) if transposed else (x, dy)
-    return dx, jnp.tensordot(transpose(left, cpus), right, 1, preferred_element_type=jnp.float32)
+    return dx, jnp.tensordot(transpose(left, one_cpu), right, 1, preferred_element_type=jnp.float32)
 
 
 matmul.defvjp(matmul_forward, matmul_backward)
@@ -89,20 +88,20 @@ def one_row_matmul(x, w, dtype):
     return parts.sum(0).reshape(1, *w.shape[1:])
 
 
-def linear(x, w, b=None, dtype='float32', cpus=0):
+def linear(x, w, b=None, dtype='float32', one_cpu=False):
     """x @ w + b, for x (..., in), w (in, *out) and b (*out,): the result is (..., *out)."""
     rows = x.reshape(-1, len(w))  # XLA's CPU code multiplies 3-D arrays up to three times slower
-    if cpus == 1 and len(rows) == 1 and len(w) % 64 == 0:
+    if one_cpu and len(rows) == 1 and len(w) % 64 == 0:
         y = one_row_matmul(rows, w, dtype)
     else:
-        y = matmul(rows, w, dtype, cpus)
+        y = matmul(rows, w, dtype, one_cpu)
     y = y.reshape(*x.shape[:-1], *w.shape[1:])
     return y if b is None else y + b.astype(y.dtype)
 
 
-def logits(x, w, dtype='float32', cpus=0):
+def logits(x, w, dtype='float32', one_cpu=False):
     """x @ w.T, for x (..., C) and w (V, C): the result is (..., V)."""
-    y = matmul(x.reshape(-1, x.shape[-1]), w, dtype, cpus, transposed=True)
+    y = matmul(x.reshape(-1, x.shape[-1]), w, dtype, one_cpu, transposed=True)
     return y.reshape(*x.shape[:-1], len(w))
 
 
@@ -185,14 +184,14 @@ def causal_scores(q, k, first):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5, 6, 7))
-def attention(q, k, v, rate=0.0, key=None, dtype='float32', cpus=0, block=256):
+def attention(q, k, v, rate=0.0, key=None, dtype='float32', one_cpu=False, block=256):
     """dropout(softmax(q k' / sqrt(hs))) v, where no query sees a later key: q, k, v and the result
     are (B, nh, T, hs).
 
     It goes through the queries a block at a time and leaves out the keys that come after the block:
     for 1024 tokens that saves 3/8 of the work (0.8). Probabilities are stored as (B, nh, keys,
     queries), so that only k and v, which are small, have to be transposed (0.94)."""
-    return attention_forward(q, k, v, rate, key, dtype, cpus, block)[0]
+    return attention_forward(q, k, v, rate, key, dtype, one_cpu, block)[0]
 
 
 def stores_probs(T, rate, block):
@@ -202,10 +201,10 @@ def stores_probs(T, rate, block):
     return rate > 0 or T <= block
 
 
-def attention_forward(q, k, v, rate, key, dtype, cpus, block):
+def attention_forward(q, k, v, rate, key, dtype, one_cpu, block):
     result, T = q.dtype, q.shape[2]
     q, k, v = (a.astype(dtype) for a in (q, k, v))
-    vT, ys, sums, saved = transpose(v, cpus), [], [], []
+    vT, ys, sums, saved = transpose(v, one_cpu), [], [], []
     for t in range(0, T, block):
         scores = causal_scores(q[:, :, t:t + block], k[:, :, :t + block], t)
         highest = scores.max(-2, keepdims=True)
@@ -224,7 +223,7 @@ def attention_forward(q, k, v, rate, key, dtype, cpus, block):
     return barrier(y).swapaxes(2, 3), (q, k, v, total, saved)
 
 
-def attention_backward(rate, dtype, cpus, block, saved, dy):
+def attention_backward(rate, dtype, one_cpu, block, saved, dy):
     """With p the probabilities and s the scores: dv = p' dy, dp = dy v', ds = p (dp - sum(p dp)),
     dq = ds k, dk = ds' q."""
     (q, k, v, total, saved), dy = barrier((saved, dy))
@@ -232,8 +231,8 @@ def attention_backward(rate, dtype, cpus, block, saved, dy):
     if not stores_probs(T, rate, block):
         # otherwise XLA recomputes p already in the forward pass and keeps it until here
         q = after(q, dy[..., :1])
-    dy = row_major((dy / total[..., None]).astype(dtype), cpus)
-    kT, total, dq, dk, dv = transpose(k, cpus), total[:, :, None], [], None, None
+    dy = row_major((dy / total[..., None]).astype(dtype), one_cpu)
+    kT, total, dq, dk, dv = transpose(k, one_cpu), total[:, :, None], [], None, None
     for i, part in reversed(list(enumerate(saved))):
         t, end = i * block, (i + 1) * block
         qt, kt, vt, dyt = q[:, :, t:end], k[:, :, :end], v[:, :, :end], dy[:, :, t:end]

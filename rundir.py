@@ -156,6 +156,7 @@ class Checkpoints:
         self.best = progress['best_iter']
         if n in self.manager.all_steps():
             return
+        self.wait()  # for the save before: Orbax would wait, too
         state = {k: v for k, v in state.items() if k != 'base'}
         if shutil.disk_usage(self.folder).free < sum(x.nbytes for x in jax.tree.leaves(state)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -203,7 +204,10 @@ class Checkpoints:
         except Exception as e:
             if not ('No space left' in str(e) or 'Disk quota' in str(e)):
                 raise
-            intact = ', '.join(map(str, sorted(self.manager.all_steps()))) or 'none yet'
+            with contextlib.suppress(Exception):
+                self.wait()  # one may still be on its way to the disk
+            steps = sorted(ocp.utils.checkpoint_steps(self.folder))
+            intact = ', '.join(map(str, steps)) or 'none yet'
             raise RunError(f'no space left on the disk of {self.out_dir}; its earlier checkpoints are intact '
                            f'({intact}). Make room, then python train.py --init_from=resume '
                            f'--out_dir={self.out_dir}') from None

@@ -182,7 +182,7 @@ def batch_loss(params, base, tokens, key, config):
     while one runs something serial, the other uses the idle core (0.92 and 0.85 of the time on two
     cores)."""
     model, B = build(config, join_lora(params, base)), len(tokens)
-    parts = jnp.array_split(tokens, 2 if config.cpus == 1 and B > 1 else 1)
+    parts = jnp.array_split(tokens, 2 if config.one_cpu and B > 1 else 1)
     return sum(model.loss(part, jax.random.fold_in(key, i)) * (len(part) / B)
                for i, part in enumerate(parts))
 

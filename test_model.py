@@ -3,6 +3,7 @@ Claims about the model and its maths. Each can fail: break the property and see.
 
     python -m pytest -q
 """
+import ast
 import dataclasses
 import functools
 import json
@@ -22,16 +23,22 @@ from flax import nnx
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from safetensors.numpy import save_file
 
+import model
 import ops
+import step
 from dataset import eval_starts, load_batch, micro_batches, tokenizer, train_starts
 from devices import best_dtype, make_mesh, side_by_side
-from model import GPT, GPTConfig, abstract_params, build, generate, init_params, num_params, sample_token, stream
+from model import GPT, GPTConfig, abstract_params, build, generate, num_params, sample_token, stream
 from rundir import Checkpoints, load_model, open_model
 from step import (abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu, eval_step, get_lr,
-                  init_state, join_lora, lora_table, make_optimizer, mean_grads, merge_lora, place_on, shardings,
+                  join_lora, lora_table, make_optimizer, mean_grads, merge_lora, place_on, shardings,
                   split_lora, state_creator, train_step)
 
 jax.config.update('jax_num_cpu_devices', 8)  # simulated ones, for meshes
+
+# a compiled function is quicker than hundreds of operations one by one
+init_params = jax.jit(model.init_params, static_argnames=('config', 'seed'))
+init_state = jax.jit(step.init_state, static_argnames=('config', 'tx', 'seed'))
 
 TINY = GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=32, bias=True)
 KEY = jax.random.key(0)
@@ -67,6 +74,27 @@ def train(config, batch_of, steps, lr=1e-2, weight_decay=0.0):
         state, metrics = train_step(state, batch_of(step), get_lr(step, lr, 10, steps, lr / 10), KEY, config, tx)
         losses.append(metrics['loss'])
     return state, [float(x) for x in losses]
+
+
+# -----------------------------------------------------------------------------
+# the house
+
+# From top to bottom. train.py stands for all scripts.
+ROOMS = ['train', 'log', 'rundir', 'step', 'model', 'ops', 'hf', 'dataset', 'devices']
+
+
+def test_every_room_imports_only_rooms_below_it():
+    scripts = ['train', 'sample', 'export', 'bench']
+    for room in scripts + ROOMS[1:]:
+        tree = ast.parse((Path(__file__).parent / f'{room}.py').read_text(encoding='utf-8'))
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        below = ROOMS[0 if room in scripts else ROOMS.index(room):][1:]
+        assert imported & {*ROOMS, *scripts} <= {*below}, room
+    # the model needs nothing but ops, and hf's files only when it reads them
+    top_level = {line.split()[1] for line in (Path(__file__).parent / 'model.py').read_text(encoding='utf-8').splitlines()
+                 if line.startswith(('import ', 'from '))}
+    assert top_level & {*ROOMS} == {'ops'}
 
 
 # -----------------------------------------------------------------------------
@@ -408,34 +436,39 @@ def values_and_gradients(f, args):
     """f and its derivative by every float argument, for some gradient of the result."""
     floats = [i for i, x in enumerate(args) if x.dtype == np.float32]
     fill = lambda given: [given[floats.index(i)] if i in floats else x for i, x in enumerate(args)]
-    y, pull = jax.vjp(lambda *given: f(*fill(given)), *(args[i] for i in floats))
-    return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+    @jax.jit
+    def both(*given):
+        y, pull = jax.vjp(lambda *given: f(*fill(given)), *given)
+        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+    return both(*(args[i] for i in floats))
 
 
 QKV = [normal(2, 3, 50, 8, seed=seed) for seed in range(3)]
-OPS = {  # the op for a dtype and a number of CPUs, the plain function, and their arguments
-    'linear': (lambda dtype, cpus: lambda *a: ops.linear(*a, dtype, cpus), plain_linear, [normal(2, 3, 4), normal(4, 3, 5), normal(3, 5)]),
-    'linear of one row': (lambda dtype, cpus: lambda *a: ops.linear(*a, dtype, cpus), plain_linear, [normal(1, 1, 128), normal(128, 5), normal(5)]),
-    'logits': (lambda dtype, cpus: lambda *a: ops.logits(*a, dtype, cpus), plain_logits, [normal(2, 3, 4), normal(7, 4)]),
-    'layer_norm': (lambda dtype, cpus: ops.layer_norm, plain_layer_norm, [normal(2, 3, 8), normal(8), normal(8, seed=1)]),
-    'gelu': (lambda dtype, cpus: ops.gelu, plain_gelu, [normal(6, 4)]),
-    'cross_entropy': (lambda dtype, cpus: ops.cross_entropy, plain_cross_entropy, [normal(2, 3, 4), np.array([[0, 3, 3], [1, 2, 0]])]),
+OPS = {  # the op for a dtype, on one CPU or not, the plain function, and their arguments
+    'linear': (lambda dtype, one_cpu: lambda *a: ops.linear(*a, dtype, one_cpu), plain_linear, [normal(2, 3, 4), normal(4, 3, 5), normal(3, 5)]),
+    'linear of one row': (lambda dtype, one_cpu: lambda *a: ops.linear(*a, dtype, one_cpu), plain_linear, [normal(1, 1, 128), normal(128, 5), normal(5)]),
+    'logits': (lambda dtype, one_cpu: lambda *a: ops.logits(*a, dtype, one_cpu), plain_logits, [normal(2, 3, 4), normal(7, 4)]),
+    'layer_norm': (lambda dtype, one_cpu: ops.layer_norm, plain_layer_norm, [normal(2, 3, 8), normal(8), normal(8, seed=1)]),
+    'gelu': (lambda dtype, one_cpu: ops.gelu, plain_gelu, [normal(6, 4)]),
+    'cross_entropy': (lambda dtype, one_cpu: ops.cross_entropy, plain_cross_entropy, [normal(2, 3, 4), np.array([[0, 3, 3], [1, 2, 0]])]),
 }
 for _block in (16, 64):  # several blocks of queries, and one
     for _rate in (0.0, 0.3):
         _kept = attention_dropout((2, 3, 50, 8), _rate, KEY, _block) if _rate else 1.0
         OPS[f'attention in blocks of {_block}, dropout {_rate}'] = (
-            lambda dtype, cpus, rate=_rate, block=_block: lambda q, k, v: ops.attention(q, k, v, rate, KEY, dtype, cpus, block),
+            lambda dtype, one_cpu, rate=_rate, block=_block: lambda q, k, v: ops.attention(q, k, v, rate, KEY, dtype, one_cpu, block),
             functools.partial(plain_attention, kept=_kept), QKV)
 
 
-@pytest.mark.parametrize('cpus', [0, 1, 8])
+@pytest.mark.parametrize('one_cpu', [False, True])
 @pytest.mark.parametrize('name', OPS)
-def test_an_op_and_its_derivative_are_those_of_a_plain_function(name, cpus):
+def test_an_op_and_its_derivative_are_those_of_a_plain_function(name, one_cpu):
     op, plain, args = OPS[name]
     exact = values_and_gradients(plain, args)
-    close(values_and_gradients(op('float32', cpus), args), exact, 2e-5)
-    rounded = values_and_gradients(op('bfloat16', cpus), args)
+    close(values_and_gradients(op('float32', one_cpu), args), exact, 2e-5)
+    rounded = values_and_gradients(op('bfloat16', one_cpu), args)
     for x, y in zip(jax.tree.leaves(rounded), jax.tree.leaves(exact)):
         assert np.abs(x - y).max() < 0.02 * np.abs(y).max()
     in_bfloat16 = any(word in name for word in ('linear', 'logits', 'attention'))
@@ -452,8 +485,8 @@ def test_dropout_of_attention_drops_its_share_and_other_entries_in_each_block():
 
 
 def test_one_cpu_multiplies_one_token_in_parts_of_64_rows():
-    for cpus, rows, shape, in_parts in ((1, 1, (128, 3, 5), True), (0, 1, (128, 3, 5), False), (1, 2, (128, 3, 5), False), (1, 1, (100, 7), False)):
-        code = jax.make_jaxpr(lambda x, w: ops.linear(x, w, cpus=cpus))(normal(rows, shape[0]), normal(*shape))
+    for one_cpu, rows, shape, in_parts in ((True, 1, (128, 3, 5), True), (False, 1, (128, 3, 5), False), (True, 2, (128, 3, 5), False), (True, 1, (100, 7), False)):
+        code = jax.make_jaxpr(lambda x, w: ops.linear(x, w, one_cpu=one_cpu))(normal(rows, shape[0]), normal(*shape))
         assert ('[2,64]' in str(code)) == in_parts
 
 
@@ -684,22 +717,24 @@ def start_on(mesh, config=WIDE):
 
 
 def test_the_loss_is_the_same_on_every_mesh_and_every_mesh_goes_on_with_the_checkpoint_of_every_other(tmp_path):
-    runs, curves = {}, {}
+    runs, curves, saved = {}, {}, {}
     for mesh in MESHES:
         state, abstract, go_on = start_on(mesh)
         state, curve = go_on(state, 0, 10)
         checkpoints = Checkpoints(tmp_path / str(mesh))
         checkpoints.save(10, state, {'best_iter': None})
-        checkpoints.manager.wait_until_finished()
+        checkpoints.wait()
+        saved[mesh] = jax.tree.map(np.asarray, state)
         curves[mesh] = curve + go_on(state, 10, 20)[1]
         runs[mesh] = checkpoints, abstract, go_on
     one = curves[MESHES[0]]
     assert one[-1] < one[0] - 0.1
     for mesh in MESHES:
         np.testing.assert_allclose(curves[mesh], one, atol=1e-4, err_msg=str(mesh))
-        for checkpoints, _, _ in runs.values():
+        for other, (checkpoints, _, _) in runs.items():
             state, _ = checkpoints.restore(runs[mesh][1])
-            np.testing.assert_allclose(runs[mesh][2](state, 10, 13)[1], one[10:13], atol=1e-4)
+            assert jax.tree.all(jax.tree.map(np.array_equal, state, saved[other])), (mesh, other)
+        np.testing.assert_allclose(runs[mesh][2](state, 10, 13)[1], one[10:13], atol=1e-4)
 
 
 @pytest.mark.parametrize('mesh', [MESHES[0], MESHES[4], MESHES[6]])

@@ -138,8 +138,7 @@ with refuse(ValueError, OSError):
             crop = key == 'block_size' and config[key] < its  # a shorter context will do
             if key in typed and config[key] != its and not crop:
                 fail(f'{key} = {config[key]}: {init_from} has {key} = {its}')
-            config[key] = config[key] if crop else its
-        globals().update(config)
+            globals()[key] = config[key] = config[key] if crop else its
     data, meta = open_dataset(os.path.relpath(os.path.join(_here, 'data', dataset)), block_size)
     # (G, B): an iteration has G micro-batches of B sequences; and the same for an evaluation
     n_data = mesh.shape['data']
@@ -211,6 +210,8 @@ with refuse(ValueError, OSError):
         what = 'a new model from scratch' if origin == 'scratch' else f'from {origin}'
         why = ' (the run was stopped before its first checkpoint)' if init_from == 'resume' else ''
         print(f'Initializing {what}{why}', flush=True)
+        if init_from == 'resume' and not debug_nans:  # compiled as for a new run: the same, bit for bit
+            create = compile_for(mesh, create.lower())
         state = create()
         progress = dict(iter_num=0, best_val_loss=1e9, best_iter=None, wandb_id=None)
         if from_file:

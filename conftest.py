@@ -1,0 +1,161 @@
+"""
+How the tests start a script, and why that is quick.
+
+`start` runs a script in a copy of the repository, as you would in a terminal. A short run would spend most of its time
+importing JAX and the other libraries. On Linux a helper process therefore imports them once, and each run is a fork of it:
+a process of its own, with its own pid, its own JAX devices and its own exit code, which you can interrupt and kill.
+The helper has one thread and has not asked JAX for any device, so it is safe to fork.
+"""
+import functools
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+# The tests compile many small programs and run each of them once, so let XLA optimize less. The scripts
+# ask for what they need themselves.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true')
+
+# With this variable set, the scripts don't start themselves a second time to set it.
+TUNABLES = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647'
+
+
+@pytest.fixture(scope='session', autouse=True)
+def shared_cache(tmp_path_factory):
+    """What one run has compiled, every later run of the session takes from the cache, in whatever worker."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
+    os.environ['XDG_CACHE_HOME'] = str(folder / 'cache')
+
+
+def start(repo, script, *args, fresh=False, **env):
+    """Starts `python script *args` in the folder `repo`, with some more environment variables. `fresh` asks for a new
+    interpreter. So does any variable but XLA_FLAGS, because the libraries may have read it when they were imported."""
+    args = [script, *map(str, args)]
+    if fresh or sys.platform != 'linux' or script.startswith(('-', 'data/')) or env.keys() - {'XLA_FLAGS'}:
+        return subprocess.Popen([sys.executable, *args], cwd=repo, text=True, encoding='utf-8', stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, env=os.environ | {'WANDB_MODE': 'offline'} | env)
+    return Fork(json.dumps([str(repo), args, env]).encode())
+
+
+def run(repo, script, *args, code=0, **how):
+    """Runs a script to its end and returns what it printed: stdout, or stderr if the script is meant to fail."""
+    process = start(repo, script, *args, **how)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, out + err
+    return err if code else out
+
+
+@functools.cache
+def helper():
+    """The helper process and our end of the socket that it listens to. It ends when we do, and the socket closes."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    env = os.environ | {'GLIBC_TUNABLES': TUNABLES, 'OPENBLAS_NUM_THREADS': '1'}  # NumPy must not start threads, either
+    command = [sys.executable, __file__, str(its.fileno())]
+    return ours, subprocess.Popen(command, pass_fds=[its.fileno()], stdout=subprocess.DEVNULL, env=env)
+
+
+class Fork:
+    """A script that runs in a fork of the helper. It has the methods of subprocess.Popen that the tests use."""
+
+    def __init__(self, request):
+        (out, its_out), (err, its_err), (self.news, its_news) = os.pipe(), os.pipe(), os.pipe()
+        socket.send_fds(helper()[0], [request], [its_out, its_err, its_news])
+        for fd in (its_out, its_err, its_news):
+            os.close(fd)
+        self.stdout, self.stderr = open(out, encoding='utf-8'), open(err, encoding='utf-8')
+        self.pid, self.returncode, self.texts = self.next_number(), None, None
+
+    def next_number(self):
+        return int.from_bytes(os.read(self.news, 4), 'little', signed=True)
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            if not select.select([self.news], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f'process {self.pid}', timeout)
+            self.returncode = self.next_number()
+            os.close(self.news)
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        if not self.texts:  # a thread for each pipe, because the script waits when one of them is full
+            threads = ThreadPoolExecutor(2)
+            self.texts = [threads.submit(pipe.read) for pipe in (self.stdout, self.stderr)]
+            threads.shutdown(wait=False)
+        self.wait(timeout)
+        return [text.result() for text in self.texts]
+
+    def poll(self):
+        try:
+            return self.wait(timeout=0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+# -----------------------------------------------------------------------------
+# the helper process
+
+
+def wait_for_request(requests):
+    """Forks twice for each request: a process to run the script and, above it, one that waits for its end and tells. Returns
+    only in the first, with the request. The helper itself never returns."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the terminal ends the helper without a word
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here waits for those that wait
+    while True:
+        request, fds, _, _ = socket.recv_fds(requests, 2**20, 3)
+        if not request:
+            os._exit(0)
+        if os.fork() == 0:
+            break
+        for fd in fds:
+            os.close(fd)
+    requests.close()
+    out, err, news = fds
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if pid := os.fork():
+        os.close(out)
+        os.close(err)
+        os.write(news, pid.to_bytes(4, 'little'))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.write(news, code.to_bytes(4, 'little', signed=True))
+        os._exit(0)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    for fd in fds:
+        os.close(fd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as when Python starts
+    return json.loads(request)
+
+
+if __name__ == '__main__':
+    import gc
+    import importlib
+    import types
+
+    for name in ('jax', 'jax.experimental.multihost_utils', 'flax.nnx', 'matplotlib.backends.backend_agg', 'matplotlib.figure',
+                 'numpy', 'optax', 'orbax.checkpoint', 'safetensors.numpy', 'tiktoken', 'tqdm'):
+        importlib.import_module(name)
+    gc.freeze()  # all this stays: no run need look for garbage in it
+
+    repo, sys.argv, env = wait_for_request(socket.socket(fileno=int(sys.argv[1])))
+    os.chdir(repo)
+    os.environ.update(env)
+    sys.path[0] = repo
+    with open(sys.argv[0], encoding='utf-8') as f:
+        program = compile(f.read(), sys.argv[0], 'exec')
+    script = sys.modules['__main__'] = types.ModuleType('__main__')
+    script.__file__ = sys.argv[0]
+    exec(program, vars(script))  # nothing comes after it: the process ends as a script's does
