@@ -2,7 +2,7 @@
 How the tests start a script, and why that is quick.
 
 `start` runs a script in a copy of the repository, as you would in a terminal. A short run would spend most of its time
-importing JAX and the other libraries. On Linux a helper process therefore imports them once, and each run is a fork of it:
+importing JAX and the other libraries. On Linux, a helper process imports them once, and each run is a fork of it:
 a process of its own, with its own pid, its own JAX devices and its own exit code, which you can interrupt and kill.
 The helper has one thread and has not asked JAX for any device, so it is safe to fork.
 """
@@ -110,8 +110,8 @@ class Fork:
 
 
 def wait_for_request(requests):
-    """Forks twice for each request: a process to run the script and, above it, one that waits for its end and tells. Returns
-    only in the first, with the request. The helper itself never returns."""
+    """Forks twice for each request: a process to run the script and, above it, one that waits for its end and
+    tells us. Returns only in the first, with the request. The helper itself never returns."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the terminal ends the helper without a word
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here waits for those that wait
     while True:
@@ -145,8 +145,8 @@ if __name__ == '__main__':
     import importlib
     import types
 
-    for name in ('jax', 'jax.experimental.multihost_utils', 'flax.nnx', 'matplotlib.backends.backend_agg', 'matplotlib.figure',
-                 'numpy', 'optax', 'orbax.checkpoint', 'safetensors.numpy', 'tiktoken', 'tqdm'):
+    for name in ('jax', 'jax.experimental.multihost_utils', 'flax.nnx', 'matplotlib.backends.backend_agg',
+                 'matplotlib.figure', 'numpy', 'optax', 'orbax.checkpoint', 'safetensors.numpy', 'tiktoken', 'tqdm'):
         importlib.import_module(name)
     gc.freeze()  # all this stays: no run need look for garbage in it
 

@@ -276,8 +276,10 @@ def params_of(model):
 
 def test_finetuning_begins_with_the_best_model_of_a_run(repo, base):
     best = json.loads((repo / 'base/best.json').read_text())['val_loss']
-    (repo / 'wider.py').write_text('n_embd = 64\nblock_size = 1024\n')  # a recipe gives way to the model, an option doesn't
-    out = run(repo, 'train.py', *LORA, 'wider.py', '--lora_rank=0', '--out_dir=tuned', '--block_size=16', '--max_iters=20')
+    # a recipe gives way to the model, an option doesn't
+    (repo / 'wider.py').write_text('n_embd = 64\nblock_size = 1024\n')
+    out = run(repo, 'train.py', *LORA, 'wider.py', '--lora_rank=0', '--out_dir=tuned', '--block_size=16',
+              '--max_iters=20')
     losses = losses_in(out, 'val')
     assert 'Initializing from base' in out and losses[0] == pytest.approx(best, abs=1e-4) and min(losses) < best - 0.05
     assert json.loads((repo / 'tuned/config.json').read_text(encoding='utf-8'))['model_args']['n_embd'] == 16
@@ -353,7 +355,8 @@ def test_an_export_is_the_model_in_gpt2s_format_and_comes_back_bit_for_bit(repo,
     np.testing.assert_allclose(logits, model(idx), atol=1e-5)
     assert same(params_of(model), params_of(load_model(out_dir, 'latest'))) and model.config.bias == config.bias
 
-    how = ['--checkpoint=latest', '--start=But', '--temperature=0', '--num_samples=1', '--max_new_tokens=30', '--device=cpu']
+    how = ['--checkpoint=latest', '--start=But', '--temperature=0', '--num_samples=1', '--max_new_tokens=30',
+           '--device=cpu']
     assert run(repo, 'sample.py', f'--init_from={hf}', *how) == run(repo, 'sample.py', f'--out_dir={out_dir}', *how)
 
 
@@ -405,8 +408,8 @@ def test_an_exported_bpe_tokenizer_gives_tiktokens_ids(repo):
     exported, trained = GPT.from_pretrained(repo / 'bpe-hf'), load_model(repo / 'bpe-run')
     assert exported.config.vocab_size == 50257 < trained.config.vocab_size
     tokenizer = tokenizers.Tokenizer.from_file(str(repo / 'bpe-hf/tokenizer.json'))
-    for text in (ROMEO, "don't I'LL  3.14\n\n\n x \t", 'Grüße, 世界 😀👩‍👧 n\u0303\u2028\u00a0\x00', 'a<|endoftext|> b',
-                 (HERE / 'model.py').read_text(encoding='utf-8')):
+    for text in (ROMEO, "don't I'LL  3.14\n\n\n x \t", 'Grüße, 世界 😀👩‍👧 n\u0303\u2028\u00a0\x00',
+                 'a<|endoftext|> b', (HERE / 'model.py').read_text(encoding='utf-8')):
         ids = enc.encode(text, allowed_special='all')
         assert tokenizer.encode(text).ids == ids and tokenizer.decode(ids, skip_special_tokens=False) == text
 
@@ -471,8 +474,8 @@ def test_a_run_of_version_1_goes_on_and_is_exported(repo, kind):
 
 
 def test_kill_9_at_any_moment_loses_nothing(repo):
-    """Killed again and again, also while it writes checkpoints, the run ends as one that was never stopped. More rounds:
-    KILL_ROUNDS=100 python -m pytest -q test_train.py -k kill_9"""
+    """Killed again and again, also while it writes checkpoints, the run ends as one that was never stopped.
+    More rounds: KILL_ROUNDS=100 python -m pytest -q test_train.py -k kill_9"""
     rng, out_dir, rounds = np.random.default_rng(0), repo / 'killed', int(os.environ.get('KILL_ROUNDS', 3))
     args = [*TINY, '--n_embd=64', '--eval_iters=1', '--lr_decay_iters=1000']
     killed_while_saving = 0
@@ -736,7 +739,8 @@ def test_without_a_network_shakespeare_says_what_to_put_where(repo, unreachable)
 
 @pytest.fixture(scope='module')
 def offline(repo):
-    """The environment of a machine without a network, where GPT-2's vocabulary is just the 256 bytes and <|endoftext|>."""
+    """The environment of a machine without a network, where GPT-2's vocabulary is just the 256 bytes and
+    <|endoftext|>."""
     (repo / 'bytes').mkdir()
     (repo / 'bytes/sitecustomize.py').write_text('''import os, resource, shutil, types, tiktoken
 enc = tiktoken.Encoding('gpt2', pat_str=r'[\\s\\S]', mergeable_ranks={bytes([i]): i for i in range(256)},
@@ -989,13 +993,15 @@ def test_help_lists_every_key_with_its_default_and_comment(capsys):
 
 @pytest.fixture(scope='module')
 def finished(repo, whole):
-    """The repository with a run in `finished` to go on with or to sample from, and datasets with one thing wrong in each."""
+    """The repository with a run in `finished` to go on with or to sample from, and datasets with one thing
+    wrong in each."""
     shutil.copytree(whole, repo / 'finished')
     good = repo / 'data/tiny'
 
     def broken(name, file, content):
         shutil.copytree(good, repo / 'data' / name)
-        (repo / 'data' / name / file).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (repo / 'data' / name / file).write_bytes(content)
 
     meta = json.loads((good / 'meta.json').read_text(encoding='utf-8'))
     more = {'kind': 'char', 'chars': meta['tokenizer']['chars'] + '~'}
@@ -1013,7 +1019,8 @@ def finished(repo, whole):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--start=§'], "does not know '§'"), (['--start='], 'start is empty'), (['--start=FILE:none.txt'], 'No such file'),
+    (['--start=§'], "does not know '§'"), (['--start='], 'start is empty'),
+    (['--start=FILE:none.txt'], 'No such file'),
     (['--start=FILE:latin1.txt'], 'not UTF-8'), (['--top_k=-1'], 'top_k'), (['--top_p=0.0'], 'top_p'),
     (['--top_p=1.5'], 'top_p'), (['--temperature=-1'], 'temperature'), (['--num_samples=0'], 'num_samples'),
     (['--out_dir=nowhere'], 'nowhere'), (['--device=gpu'], "device = 'gpu'"), (['--checkpoint=third'], 'checkpoint'),
@@ -1037,13 +1044,15 @@ RESUME = ['--init_from=resume', '--out_dir=finished']
     (['--dataset=no-tokenizer'], 'meta.json lacks'),
     (['--n_head=3'], 'n_embd = 16 is not divisible by n_head = 3'),
     (['--n_layer=0'], 'n_layer = 0'), (['--n_layer=1000000'], 'n_layer'), (['--n_embd=-16'], 'n_embd = -16'),
-    (['--block_size=0'], 'block_size = 0'), (['--dropout=1.0'], 'dropout = 1.0'), (['--dropout=-0.1'], 'dropout = -0.1'),
+    (['--block_size=0'], 'block_size = 0'), (['--dropout=1.0'], 'dropout = 1.0'),
+    (['--dropout=-0.1'], 'dropout = -0.1'),
     (['--batch_size=0'], 'batch_size = 0'), (['--batch_size=10000000'], 'batch_size'),
     (['--gradient_accumulation_steps=0'], 'gradient_accumulation_steps'), (['--max_iters=-1'], 'max_iters = -1'),
     (['--eval_interval=0'], 'eval_interval = 0'), (['--log_interval=-5'], 'log_interval = -5'),
     (['--eval_iters=0'], 'eval_iters = 0'), (['--learning_rate=-1.0'], 'learning_rate = -1.0'),
     (['--beta1=1.0'], 'beta1 = 1.0'), (['--seed=-1'], 'seed = -1'), (['--dtype=float64'], "dtype = 'float64'"),
-    (['--device=gpu'], "device = 'gpu'"), (['--mesh_tensor=3'], 'mesh_tensor = 3'), (['--mesh_data=2'], 'mesh_data = 2'),
+    (['--device=gpu'], "device = 'gpu'"), (['--mesh_tensor=3'], 'mesh_tensor = 3'),
+    (['--mesh_data=2'], 'mesh_data = 2'),
     (['--num_processes=2'], 'needs --coordinator=HOST:PORT'), (['--coordinator=host'], 'HOST:PORT'),
     (['--coordinator=host:1', '--num_processes=2', '--process_id=2'], 'process_id = 2: must be from 0 to 1'),
     (['--init_from=gpt5'], "init_from = 'gpt5'"), (['--init_from=resume'], 'nothing to resume'),
