@@ -207,10 +207,13 @@ class GPT(nnx.Module):
         """Logits (B, T, V) for tokens idx (B, T). A key turns dropout on."""
         return self.head(self.features(idx, key)[0])
 
-    def loss(self, tokens, key=None):
-        """The mean loss of predicting tokens[:, 1:] from tokens[:, :-1], for tokens (B, T + 1)."""
+    def loss(self, tokens, key=None, parts=1):
+        """The mean loss of predicting tokens[:, 1:] from tokens[:, :-1], for tokens (B, T + 1). The
+        blocks see the batch in so many independent parts, each with dropout of its own."""
         tokens = tokens.astype(jnp.int32)
-        x, targets = self.features(tokens[:, :-1], key)[0], tokens[:, 1:]
+        keys = [key if key is None else jax.random.fold_in(key, i) for i in range(parts)]
+        idx, targets = jnp.array_split(tokens[:, :-1], parts), tokens[:, 1:]
+        x = jnp.concatenate([self.features(part, key)[0] for part, key in zip(idx, keys)])
         n, C = self.config.loss_chunks, self.config.n_embd
         if n == 1:
             return ops.cross_entropy(self.head(x), targets)
