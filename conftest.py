@@ -38,6 +38,8 @@ def start(repo, script, *args, fresh=False, **env):
     """Starts `python script *args` in the folder `repo`, with some more environment variables. `fresh` asks for a new
     interpreter. So does any variable but XLA_FLAGS, because the libraries may have read it when they were imported."""
     args = [script, *map(str, args)]
+    if 'XLA_FLAGS' in env:  # in addition to those above; of two that contradict each other, the last one counts
+        env['XLA_FLAGS'] = f"{os.environ['XLA_FLAGS']} {env['XLA_FLAGS']}"
     if fresh or sys.platform != 'linux' or script.startswith(('-', 'data/')) or env.keys() - {'XLA_FLAGS'}:
         return subprocess.Popen([sys.executable, *args], cwd=repo, text=True, encoding='utf-8', stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, env=os.environ | {'WANDB_MODE': 'offline'} | env)

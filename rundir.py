@@ -198,14 +198,16 @@ class Checkpoints:
     @contextlib.contextmanager
     def disk_errors(self):
         """Turns errors about a full disk, which come in many types, into a RunError that says what
-        to do."""
+        to do. A RunError waits for the save that is under way."""
         try:
             yield
         except Exception as e:
-            if not ('No space left' in str(e) or 'Disk quota' in str(e)):
+            disk_is_full = 'No space left' in str(e) or 'Disk quota' in str(e)
+            if disk_is_full or isinstance(e, RunError):
+                with contextlib.suppress(Exception):
+                    self.wait()
+            if not disk_is_full:
                 raise
-            with contextlib.suppress(Exception):
-                self.wait()  # one may still be on its way to the disk
             steps = sorted(ocp.utils.checkpoint_steps(self.folder))
             intact = ', '.join(map(str, steps)) or 'none yet'
             raise RunError(f'no space left on the disk of {self.out_dir}; its earlier checkpoints are intact '
