@@ -29,7 +29,7 @@ import step
 from dataset import eval_starts, load_batch, micro_batches, tokenizer, train_starts
 from devices import best_dtype, make_mesh, side_by_side
 from model import GPT, GPTConfig, abstract_params, build, generate, num_params, sample_token, stream
-from rundir import Checkpoints, load_model, open_model
+from rundir import Checkpoints, open_model
 from step import (abstract_state, batch_sharding, compile_eval, compile_step, estimate_mfu, eval_step, get_lr,
                   join_lora, lora_table, make_optimizer, mean_grads, merge_lora, place_on, shardings,
                   split_lora, state_creator, train_step)
@@ -725,7 +725,7 @@ def mesh_of(data, tensor):
 def start_on(mesh, config=WIDE):
     """The state of `config` as it is created on a mesh, its abstract form, and a function that trains it from
     one iteration to another and returns the losses."""
-    (data, tensor, fsdp), mesh = mesh, mesh_of(*mesh[:2])
+    (data, _, fsdp), mesh = mesh, mesh_of(*mesh[:2])
     config, tx = dataclasses.replace(config, cpus=mesh.size), make_optimizer(0.9, 0.99, 0.1, 1.0)
     abstract = abstract_state(config, tx, mesh, fsdp)
     text = np.random.default_rng(0).integers(64, size=1000).cumsum().astype(np.uint16) % 64
