@@ -1,38 +1,42 @@
 """
-Times the very train_step and generate that the scripts run, or counts what they would send on many devices.
+Times the very train_step and generate that the scripts run, or compiles the step for chips that you don't have.
 
     python bench.py config/train_shakespeare_char.py config/laptop.py     # an iteration (--mode=train)
     python bench.py --batch_size=1 --gradient_accumulation_steps=1         # the same for GPT-2 (124M)
     python bench.py --mode=sample                                          # reading a prompt, and writing
     python bench.py --mode=data --dataset=shakespeare_char                 # the loader alone
-    python bench.py --mode=comm --mesh_data=8                              # what 8 devices would send
+    python bench.py --mode=compile --topology=v5e:2x4 config/train_gpt2.py # will it fit there, and what will it cost
+    python bench.py --mode=comm --mesh_data=8                              # what 8 devices would send, by a CPU's compiler
 
 Every key of train.py and its config files are understood, too.
 """
 import json as json_module
 import os
-import re
+import sys
 import time
 
 _here = os.path.dirname(os.path.abspath(__file__))
 # -----------------------------------------------------------------------------
 _more_keys = 'train.py'  # configurator.py reads its keys, too
-mode = 'train'  # 'train', 'sample', 'data' or 'comm'
+mode = 'train'  # 'train', 'sample', 'data', 'compile' or 'comm'
 json = False  # one line of JSON instead of a table
 seconds = 10.0  # how long to measure each thing, once it is warm
 vocab_size = 0  # 0: the dataset's if it is prepared, else GPT-2's
 large_batch = 64  # sample: the batch beside 1
-# comm: a chip and its links, to predict an iteration
+# compile: needs requirements-chips.txt
+topology = ''  # the chips: 'h100:8', 'v5e:2x4', 'v5p:4x4x4', ...
+largest_batch = False  # also find the largest batch_size that fits: some more compilations
+# compile, comm: to predict an iteration
 chip_tflops = 400.0  # TFLOP/s that a device reaches in training; 400: 40% of an H100's bfloat16 peak
-link_gb = 400.0  # GB/s that a device sends to its neighbors; 400: NVLink on an H100, 50: InfiniBand NDR
+link_gb = 400.0  # comm: GB/s that a device sends to its neighbors; 400: NVLink on an H100, 50: InfiniBand NDR
 exec(open(os.path.join(_here, 'configurator.py')).read())
 # -----------------------------------------------------------------------------
 
 check(chip_tflops=(1e-6, 1e9), link_gb=(1e-6, 1e9), mesh_data=(-1, 10**5), mesh_tensor=(1, 10**5),
       batch_size=(1, 10**6), gradient_accumulation_steps=(1, 10**6), seconds=(0, 10**5),
       vocab_size=(0, 2**24), large_batch=(1, 10**5))
-if mode not in ('train', 'sample', 'data', 'comm'):
-    fail(f"mode = {mode!r}: must be 'train', 'sample', 'data' or 'comm'")
+if mode not in ('train', 'sample', 'data', 'compile', 'comm'):
+    fail(f"mode = {mode!r}: must be 'train', 'sample', 'data', 'compile' or 'comm'")
 
 import resource
 import tempfile
@@ -42,12 +46,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from chips import (BETWEEN_HOSTS, CHIPS, UnknownText, collectives, estimated_cycles,
+                   open_topology)
 from dataset import load_batch, micro_batches, open_dataset, padded, train_starts
 from devices import best_dtype, count_cpus, find_devices, make_mesh
 from model import (GPTConfig, decode, decoding_params, flops_per_token, init_params, num_params,
                    prefill)
 from step import (abstract_state, batch_sharding, compile_step, estimate_mfu, lower_step,
-                  make_optimizer, state_creator)
+                  make_optimizer, state_creator, with_flash)
 
 tx = make_optimizer(beta1, beta2, weight_decay, grad_clip)
 
@@ -59,12 +65,14 @@ def dataset_or_none():
         return None, None
 
 
-def model_config(**changes):
-    """The GPTConfig of the keys."""
+def model_config(devices, **changes):
+    """The GPTConfig of the keys for these devices."""
     vocab = vocab_size or (dataset_or_none()[1] or {}).get('vocab_size', 50257)
     keys = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
+    keys |= {'vocab_size': padded(vocab), 'lora_rank': 0, 'flash': False, 'cpus': count_cpus(devices),
+             'dtype': dtype or best_dtype(devices)}
     with refuse(ValueError):
-        return GPTConfig(**keys | {'vocab_size': padded(vocab), 'lora_rank': 0} | changes)
+        return with_flash(GPTConfig(**keys | changes), devices, flash)[0]
 
 
 def mesh_and_shape(devices, data, tensor):
@@ -106,7 +114,7 @@ def peak_memory(device):
 def train():
     """An iteration, from the loader's arrays to the updated state."""
     devices = find_devices(device)
-    config = model_config(dtype=dtype or best_dtype(devices), cpus=count_cpus(devices))
+    config = model_config(devices)
     mesh, shape = mesh_and_shape(devices, mesh_data, mesh_tensor)
     abstract = abstract_state(config, tx, mesh, fsdp)
     compile_times = []
@@ -149,9 +157,8 @@ def sample():
     """Prefill of half a context and decode of up to 100 tokens after it, at batch 1 and at a large
     one, greedily."""
     devices = find_devices(device)
-    config = model_config(dtype=dtype or best_dtype(devices), dropout=0.0, flash=False,
-                          cpus=count_cpus(devices))
-    config = replace(config, dtype=config.activation_dtype)  # as stream() does
+    config = model_config(devices, dropout=0.0)
+    config = replace(config, dtype=config.activation_dtype, flash=False)  # as stream() does
     params = decoding_params(jax.jit(lambda: init_params(config, 0))(), config)
     size_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     ones, total, rows = jnp.ones(2**28, jnp.float32), jax.jit(jnp.sum), []  # 1 GB to read, ten times
@@ -193,43 +200,25 @@ def data():
                 sequences_per_s=sequences_per_s, tokens_per_s=sequences_per_s * block_size)
 
 
-KINDS = 'all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute'
+def collective_rows(found):
+    """What is sent, summed by kind, as dicts."""
+    rows = {}
+    for c in found:
+        key = c.kind, c.times > 1, c.overlapped
+        row = rows.setdefault(key, dict(kind=c.kind, inside_loop=c.times > 1, overlapped=c.overlapped,
+                                        count=0, bytes=0))
+        row['count'] += c.times
+        row['bytes'] += c.times * c.bytes
+    return list(rows.values())
 
 
-def collectives(hlo):
-    """The collectives of a compiled module: (kind, times, bytes) for each, where `times` is how
-    often the loops around it run it and `bytes` what a device sends for one, in the ring
-    algorithms: (n - 1) / n of the whole among n devices, twice that for all-reduce. Those among one
-    device, and of single numbers, are left out."""
-    found, calls, entry, name = {}, {}, None, None
-    for line in hlo.splitlines():
-        if m := re.match(r'(ENTRY )?%?([\w.-]+) \(.*\{$', line):
-            name = m[2]
-            found[name], calls[name] = [], []
-            entry = name if m[1] else entry
-        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        for callee in re.findall(r'(?:body|to_apply|calls)=%?([\w.-]+)', line):
-            calls[name].append((callee, int(trips[1]) if trips else 1))
-        if m := re.search(rf'= (.*?) ({KINDS})(?:-start)?\(.*?replica_groups=(\S+)', line):
-            if m[3][0] == '[':  # [groups,size]<=[...]
-                n = int(re.match(r'\[\d+,(\d+)\]', m[3])[1])
-            else:  # {{0,1},{2,3}}
-                n = m[3].partition('}')[0].count(',') + 1
-            shapes = [(int(re.search(r'\d+', kind)[0]) // 8, [int(d) for d in dims.split(',') if d])
-                      for kind, dims in re.findall(r'([a-z]+\d+)\[([\d,]*)\]', m[1])]
-            size = sum(width * int(np.prod(dims)) for width, dims in shapes)
-            whole = size * n if m[2] == 'reduce-scatter' else size  # its shape is a device's part
-            if n > 1 and any(dims for _, dims in shapes):
-                sent = whole * (n - 1) / n * (2 if m[2] == 'all-reduce' else 1)
-                found[name].append((m[2], sent))
-
-    def walk(name, times):
-        for kind, sent in found[name]:
-            yield kind, times, sent
-        for callee, trips in calls[name]:
-            yield from walk(callee, times * trips)
-
-    return list(walk(entry, 1))
+def describe(config, abstract, mesh, shape):
+    """What compile() and comm() say alike."""
+    n_params, n_sequences = num_params(abstract['params']), shape[0] * shape[1]
+    flops = n_sequences * block_size * flops_per_token(config, n_params) / mesh.size
+    return dict(parameters=n_params, devices=mesh.size, mesh_data=mesh.shape['data'],
+                mesh_tensor=mesh.shape['tensor'], fsdp=fsdp, micro_steps=shape[0], sequences=n_sequences,
+                flops_per_device=flops)
 
 
 def comm():
@@ -239,37 +228,103 @@ def comm():
     jax.config.update('jax_num_cpu_devices', D * mesh_tensor)
     devices = find_devices('cpu')
     mesh, shape = mesh_and_shape(devices, D, mesh_tensor)
-    # float32, as activations are on any CPU: in bfloat16 the tensor axis sends half
-    config = model_config(flash=False, dtype='float32', cpus=D * mesh_tensor)
+    config = model_config(devices, dtype=dtype or 'bfloat16')
     abstract = abstract_state(config, tx, mesh, fsdp)
     step = lower_step(abstract, shape, mesh, config, tx, fsdp).compile()
-
-    rows = {}
-    for kind, times, sent in collectives(step.as_text()):
-        row = rows.setdefault((kind, times > 1), dict(kind=kind, inside_loop=times > 1, count=0, bytes=0))
-        row['count'] += times
-        row['bytes'] += times * sent
+    with refuse(UnknownText):
+        found = collectives(step.as_text(), mesh.size)
+    for c in found:  # the CPU's compiler sends float32 where it is told to send bfloat16
+        c.bytes *= jnp.dtype(config.dtype).itemsize / 4 if c.kind == 'all-gather' else 1
+    rows, result = collective_rows(found), describe(config, abstract, mesh, shape)
     part = lambda x: x.dtype.itemsize * int(np.prod(x.sharding.shard_shape(x.shape)))
     held = lambda tree: sum(map(part, jax.tree.leaves(tree)))
-    n_params, n_sequences = num_params(abstract['params']), shape[0] * shape[1]
-    flops = n_sequences * block_size * flops_per_token(config, n_params) / mesh.size
-    compute = flops / (chip_tflops * 1e12)
-    send = sum(row['bytes'] for row in rows.values()) / (link_gb * 1e9)
-    return dict(parameters=n_params, devices=mesh.size, mesh_data=D, mesh_tensor=mesh_tensor, fsdp=fsdp,
-                micro_steps=shape[0], sequences=n_sequences, collectives=list(rows.values()),
-                flops_per_device=flops, parameter_bytes_per_device=held(abstract['params']),
-                optimizer_bytes_per_device=held(abstract['opt_state']), compute_s=compute, send_s=send,
-                predicted_s=[max(compute, send), compute + send])
+    compute = result['flops_per_device'] / (chip_tflops * 1e12)
+    send = sum(row['bytes'] for row in rows) / (link_gb * 1e9)
+    return result | dict(collectives=rows, parameter_bytes_per_device=held(abstract['params']),
+                         optimizer_bytes_per_device=held(abstract['opt_state']), compute_s=compute,
+                         send_s=send, predicted_s=[max(compute, send), compute + send])
+
+
+def compile_for_chips():
+    """Whether a step fits the chips of a topology, and what it will cost there: the real compiler
+    compiles it, nothing runs."""
+    with refuse(ValueError):
+        devices = open_topology(topology)
+    chip = topology.partition(':')[0]
+    memory, clock, link = CHIPS[chip]
+    mesh, shape = mesh_and_shape(devices, mesh_data, mesh_tensor)
+    config = model_config(devices)
+    abstract = abstract_state(config, tx, mesh, fsdp)
+
+    def compile(batch):
+        """(program or None, GiB it needs or why it does not fit) for micro-batches of batch sequences
+        a device."""
+        wait = f'compiling for {topology} with {batch} sequences a device: this takes from 10 s to 10 minutes'
+        print(wait, file=sys.stderr, flush=True)
+        lowered = lower_step(abstract, (shape[0], batch * mesh.shape['data']), mesh, config, tx, fsdp)
+        try:
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as e:
+            if 'RESOURCE_EXHAUSTED' not in str(e):
+                raise
+            return None, str(e).splitlines()[0]
+        use = program.memory_analysis()
+        parts = dict(state=use.argument_size_in_bytes, activations=use.temp_size_in_bytes,
+                     new_state=use.output_size_in_bytes - use.alias_size_in_bytes,
+                     program=use.generated_code_size_in_bytes)
+        return program, {name: size / 2**30 for name, size in parts.items()}
+
+    def fits(batch):
+        program, parts = compile(batch)
+        return program is not None and sum(parts.values()) <= memory
+
+    t, batch = time.perf_counter(), shape[1] // mesh.shape['data']
+    program, parts = compile(batch)
+    result = describe(config, abstract, mesh, shape) | dict(
+        topology=topology, device=devices[0].device_kind, dtype=config.dtype, flash=config.flash, batch=batch,
+        gib_there_are=memory, compile_s=time.perf_counter() - t)
+    if program is None:
+        return result | dict(fits=False, reason=parts)
+    hlo = program.as_text()
+    with refuse(UnknownText):
+        found = collectives(hlo, mesh.size)
+    cycles = estimated_cycles(hlo)
+    compute = cycles / (clock * 1e9) if cycles and clock else result['flops_per_device'] / (chip_tflops * 1e12)
+    seconds_of = lambda c: c.times * c.bytes / 1e9 / (BETWEEN_HOSTS if chip == 'h100' and c.group > 8 else link)
+    result |= dict(fits=sum(parts.values()) <= memory, gib=sum(parts.values()), gib_of=parts,
+                   flash_calls=hlo.count('custom_call_target="__cudnn$fmha'), cycles=cycles or None,
+                   compute_s=compute, collectives=collective_rows(found),
+                   send_s=sum(map(seconds_of, found)),
+                   send_overlapped_s=sum(seconds_of(c) for c in found if c.overlapped))
+    if largest_batch:
+        low, high = (batch, 2 * batch) if result['fits'] else (0, batch)
+        while result['fits'] and high == 2 * low and fits(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        result['largest_batch'] = low
+    return result
+
+
+def print_described(r):
+    where = f"{r['devices']} x {r['device']} ({topology})" if mode == 'compile' else f"{r['devices']} simulated devices"
+    print(f"{r['parameters'] / 1e6:.0f}M parameters on {where}, mesh data={r['mesh_data']} "
+          f"tensor={r['mesh_tensor']} fsdp={r['fsdp']}: {r['sequences']} sequences an iteration in "
+          f"{r['micro_steps']} micro-steps")
+
+
+def print_collectives(r):
+    print(f"{'collective':20} {'in the loop':12} {'overlapped':12} {'an iteration':>12} {'MB sent by a device':>20}")
+    for row in r['collectives']:
+        yes = lambda key: 'yes' if row[key] else 'no'
+        print(f"{row['kind']:20} {yes('inside_loop'):12} {yes('overlapped'):12} {row['count']:12} "
+              f"{row['bytes'] / 1e6:20,.1f}")
 
 
 def print_comm(r):
-    print(f"{r['parameters'] / 1e6:.0f}M parameters on {r['devices']} simulated devices, "
-          f"mesh data={r['mesh_data']} tensor={r['mesh_tensor']} fsdp={r['fsdp']}: "
-          f"{r['sequences']} sequences an iteration in {r['micro_steps']} micro-steps")
-    print(f"{'collective':20} {'in the loop':12} {'an iteration':>12} {'MB sent by a device':>20}")
-    for row in r['collectives']:
-        print(f"{row['kind']:20} {'yes' if row['inside_loop'] else 'no':12} {row['count']:12} "
-              f"{row['bytes'] / 1e6:20,.1f}")
+    print_described(r)
+    print_collectives(r)
     print(f"a device holds {r['parameter_bytes_per_device'] / 1e6:,.1f} MB of parameters and "
           f"{r['optimizer_bytes_per_device'] / 1e6:,.1f} MB of optimizer state, and computes "
           f"{r['flops_per_device'] / 1e12:,.1f} TFLOP an iteration")
@@ -277,13 +332,35 @@ def print_comm(r):
     print(f"computed, not measured: at {chip_tflops:g} TFLOP/s and {link_gb:g} GB/s that is "
           f"{r['compute_s'] * 1000:,.1f} ms of computing and {r['send_s'] * 1000:,.1f} ms of sending, so "
           f"{overlapped:,.1f} (overlapped) to {in_turn:,.1f} ms an iteration")
+    print("this is how a CPU's compiler divides the work; --mode=compile asks the compiler of a chip")
 
 
-result = {'train': train, 'sample': sample, 'data': data, 'comm': comm}[mode]()
+def print_compile(r):
+    print('fits' if r['fits'] else 'does not fit')
+    print_described(r)
+    if 'largest_batch' in r:
+        print(f"the largest batch_size that fits: {r['largest_batch']}")
+    if 'gib' not in r:
+        print(f"the compiler says: {r['reason']}")
+        return
+    parts = ', '.join(f"{name.replace('_', ' ')} {gib:.2f}" for name, gib in r['gib_of'].items())
+    print(f"memory: {r['gib']:.2f} of {r['gib_there_are']:g} GiB a device ({parts}), with {r['batch']} sequences "
+          f"of {block_size} tokens at a time")
+    print_collectives(r)
+    how = f"the compiler's estimate, {r['cycles'] / 1e6:,.0f}M cycles" if r['cycles'] else 'no estimate'
+    if not r['cycles'] or not CHIPS[topology.partition(':')[0]][1]:
+        how += f'; this is at {chip_tflops:g} TFLOP/s (--chip_tflops)'
+    print(f"computed, not measured: {r['compute_s'] * 1e3:,.1f} ms of computing ({how}) and "
+          f"{r['send_s'] * 1e3:,.1f} ms of sending, of which {r['send_overlapped_s'] * 1e3:,.1f} ms meanwhile; "
+          f"compiled in {r['compile_s']:.0f} s")
+
+
+modes = {'train': train, 'sample': sample, 'data': data, 'compile': compile_for_chips, 'comm': comm}
+result = modes[mode]()
 if json:
     print(json_module.dumps(result))
-elif mode == 'comm':
-    print_comm(result)
+elif mode in ('compile', 'comm'):
+    {'compile': print_compile, 'comm': print_comm}[mode](result)
 else:
     for key, value in result.items():
         if key != 'rows':

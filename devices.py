@@ -21,8 +21,9 @@ from tqdm import tqdm
 # Peak bfloat16 matmul FLOP/s of a device, without sparsity, from the makers' data sheets. The keys
 # are how jax.Device.device_kind begins.
 PEAK_FLOPS = {'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12,
-              'NVIDIA L4': 121e12, 'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5p': 459e12,
-              'TPU v6 lite': 918e12}
+              'NVIDIA B200': 2250e12, 'NVIDIA L4': 121e12, 'TPU v2': 22.5e12, 'TPU v3': 61.5e12,
+              'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5': 459e12,  # v5e before v5p
+              'TPU v6 lite': 918e12, 'TPU7x': 1153.5e12}
 
 
 def find_devices(kind=''):
@@ -56,6 +57,13 @@ def best_dtype(devices):
     except OSError:
         fast = False
     return 'bfloat16' if fast else 'float32'
+
+
+def no_flash(devices):
+    """Why cuDNN's FlashAttention does not run on these devices, '' if it does."""
+    capability = str(getattr(devices[0], 'compute_capability', ''))  # such as 9.0; AMD's are gfx...
+    is_new = re.fullmatch(r'\d+\.\d+', capability) and float(capability) >= 8
+    return '' if is_new else f'{devices[0].device_kind} is not an NVIDIA GPU of the A100 or later'
 
 
 def make_mesh(devices, data=-1, tensor=1):

@@ -46,6 +46,15 @@ class GPTConfig:
         matmul."""
         return 'float32' if self.cpus and self.dtype == 'bfloat16' else self.dtype
 
+    @property
+    def no_flash(self):
+        """Why cuDNN's FlashAttention cannot compute this model, '' if it can."""
+        head_size = self.n_embd // self.n_head
+        no = {f'dtype = {self.dtype}': self.dtype == 'float32',
+              f'dropout = {self.dropout}': self.dropout > 0,
+              f'n_embd / n_head = {head_size}': head_size % 8 or head_size > 128}
+        return next((reason for reason, is_so in no.items() if is_so), '')
+
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'loss_chunks'):
             if getattr(self, name) < 1:
@@ -61,10 +70,8 @@ class GPTConfig:
         if self.block_size % self.loss_chunks:
             raise ValueError(f'loss_chunks = {self.loss_chunks}: must divide '
                              f'block_size = {self.block_size}')
-        head_size = self.n_embd // self.n_head
-        if self.flash and (self.dtype == 'float32' or self.dropout or head_size % 8):
-            raise ValueError('flash = True needs dtype bfloat16 or float16, no dropout, and '
-                             'n_embd / n_head divisible by 8')
+        if self.flash and self.no_flash:
+            raise ValueError(f'flash = True: cuDNN has no FlashAttention for {self.no_flash}')
         if not 0 <= self.lora_rank <= self.n_embd:
             raise ValueError(f'lora_rank = {self.lora_rank}: must be from 0 to '
                              f'n_embd = {self.n_embd}')

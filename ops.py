@@ -19,6 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec as P
 
 # The identity, but XLA does not mix the code before it with the code after it.
 barrier = jax.lax.optimization_barrier
@@ -255,9 +256,17 @@ attention.defvjp(attention_forward, attention_backward)
 
 def flash_attention(q, k, v):
     """The same without dropout, by cuDNN on an NVIDIA GPU."""
-    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # cuDNN wants (B, T, nh, hs)
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation='cudnn')
-    return y.swapaxes(1, 2)
+    def attend(*qkv):
+        q, k, v = (a.swapaxes(1, 2) for a in qkv)  # cuDNN wants (B, T, nh, hs)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation='cudnn')
+        return y.swapaxes(1, 2)
+
+    n = jax.sharding.get_abstract_mesh().shape.get('tensor')
+    if n:  # inside a shard_map over the data axis, XLA cannot divide this call over another axis
+        heads = P(None, 'tensor') if q.shape[1] % n == 0 else P()
+        attend = jax.shard_map(attend, in_specs=heads, out_specs=heads, axis_names={'tensor'},
+                               check_vma=False)
+    return attend(q, k, v)
 
 
 def attention_to_cache(q, k, v, cache, pos):

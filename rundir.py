@@ -326,7 +326,7 @@ def open_run(out_dir, checkpoint='best'):
         where = jax.tree.map(lambda x: x.sharding, result)
         return jax.jit(merge_and_crop, out_shardings=where)(params)
 
-    return replace(config, lora_rank=0), meta, read
+    return replace(config, lora_rank=0, flash=False), meta, read
 
 
 def load_model(source, checkpoint='best', **changes):

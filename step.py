@@ -5,6 +5,7 @@ Letters: G micro-batches of B sequences in a step, T tokens in a sequence.
 """
 import functools
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import optax
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
-from devices import compile_for, peak_flops
+from devices import compile_for, no_flash, peak_flops
 from model import build, flops_per_token, init_params
 
 # -----------------------------------------------------------------------------
@@ -26,9 +27,18 @@ def make_optimizer(beta1, beta2, weight_decay, grad_clip):
     is_matrix = lambda path, x: path[-1].key != 'bias' and x.ndim >= 2
     matrices = lambda params: jax.tree_util.tree_map_with_path(is_matrix, params)
     return optax.chain(
-        optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
+        clip_by_norm(grad_clip) if grad_clip else optax.identity(),
         optax.scale_by_adam(beta1, beta2),
         optax.add_decayed_weights(weight_decay, matrices))
+
+
+def clip_by_norm(max_norm):
+    """Scales gradients down to this global norm. Like optax.clip_by_global_norm, but train_step
+    tells the norm: to compute it again would read all gradients once more."""
+    def update(grads, state, params=None, *, norm, **more):
+        return jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), grads), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def get_lr(it, learning_rate, warmup_iters, lr_decay_iters, min_lr):
@@ -197,21 +207,37 @@ def accumulate(loss_fn, params, base, tokens, key):
     return jax.lax.scan(micro_step, zero, (jnp.arange(len(tokens)), tokens))[0]
 
 
-def gather_params(params, data_specs, tensor_specs):
-    """Whole parameters from those that fsdp has split over the data axis. Its gradient is a
-    reduce-scatter: it sums over the axis and splits again. The nested shard_map keeps the split
-    over the tensor axis."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def all_gather(x, dim, dtype):
+    """The whole of an array whose dimension `dim` is split over the data axis. It is sent in
+    `dtype`."""
+    return jax.lax.all_gather(x.astype(dtype), 'data', axis=dim, tiled=True).astype(x.dtype)
+
+
+def all_gather_backward(dim, dtype, _, dy):
+    """A reduce-scatter: it sums over the axis and splits again, in the type of the gradient."""
+    return jax.lax.psum_scatter(dy, 'data', scatter_dimension=dim, tiled=True),
+
+
+all_gather.defvjp(lambda x, dim, dtype: (all_gather(x, dim, dtype), None), all_gather_backward)
+
+
+def gather_params(params, data_specs, tensor_specs, dtype):
+    """Whole parameters from those that fsdp has split over the data axis. Matrices are sent in
+    `dtype`, to which a matmul rounds them anyway. The nested shard_map keeps the split over the
+    tensor axis."""
     def gather(x, data_spec, tensor_spec):
         if 'data' not in data_spec:
             return x
-        whole = lambda x: jax.lax.all_gather(x, 'data', axis=data_spec.index('data'), tiled=True)
+        sent = dtype if x.ndim > 1 else x.dtype
+        whole = lambda x: all_gather(x, data_spec.index('data'), sent)
         return jax.shard_map(whole, in_specs=tensor_spec, out_specs=tensor_spec,
                              axis_names={'tensor'}, check_vma=False)(x)
 
     return jax.tree.map(gather, params, data_specs, tensor_specs)
 
 
-def sharded_grads(loss_fn, params, base, tokens, key, mesh, fsdp):
+def sharded_grads(loss_fn, params, base, tokens, key, dtype, mesh, fsdp):
     """accumulate() where the data axis has several groups of devices. Each group sums up the
     gradients of its own sequences, and only the result is summed over the groups: one all-reduce in
     an iteration, where GSPMD alone makes one in every micro-step. The tensor axis stays with
@@ -223,14 +249,14 @@ def sharded_grads(loss_fn, params, base, tokens, key, mesh, fsdp):
     def gathered_loss(params, base, tokens, key):
         # without the barrier, XLA gathers once for all micro-steps and keeps the whole parameters
         params, base, tokens = jax.lax.optimization_barrier((params, base, tokens))
-        return loss_fn(*gather_params((params, base), data_specs, tensor_specs), tokens, key)
+        params, base = gather_params((params, base), data_specs, tensor_specs, dtype)
+        return loss_fn(params, base, tokens, key)
 
     def group_grads(params, base, tokens, key):
         key = jax.random.fold_in(key, jax.lax.axis_index('data'))
         loss, grads = accumulate(gathered_loss if fsdp else loss_fn, params, base, tokens, key)
         add_up = lambda grad, spec: grad if 'data' in spec else jax.lax.psum(grad, 'data')
-        totals = jax.lax.psum(loss, 'data'), jax.tree.map(add_up, grads, data_specs[0])
-        return jax.tree.map(lambda x: x / mesh.shape['data'], totals)
+        return jax.lax.psum(loss, 'data'), jax.tree.map(add_up, grads, data_specs[0])
 
     over_groups = jax.shard_map(
         group_grads, mesh=mesh, in_specs=(*data_specs, P(None, 'data'), P()),
@@ -239,15 +265,18 @@ def sharded_grads(loss_fn, params, base, tokens, key, mesh, fsdp):
 
 
 def mean_grads(params, base, tokens, scale, key, config, mesh=None, fsdp=False):
-    """(loss, gradient by params) of the mean loss over tokens (G, B, T + 1). In between, the loss
-    is multiplied by `scale`, so that small gradients do not become zero in float16."""
-    loss_fn = lambda *args: scale * batch_loss(*args, config)
-    if mesh is None or mesh.shape['data'] == 1:
+    """(loss, gradient by params) of the mean loss over tokens (G, B, T + 1). In float16 the loss is
+    multiplied by `scale` in between, so that small gradients do not become zero."""
+    n_groups = 1 if mesh is None else mesh.shape['data']
+    n = len(tokens) * n_groups  # losses are added up over micro-batches and groups of devices
+    # divide each loss, and not the sum of the gradients: that would read them all once more
+    before, after = (scale, n * scale) if config.dtype == 'float16' else (1 / n, None)
+    loss_fn = lambda *args: before * batch_loss(*args, config)
+    if n_groups == 1:
         totals = accumulate(loss_fn, params, base, tokens, key)
     else:
-        totals = sharded_grads(loss_fn, params, base, tokens, key, mesh, fsdp)
-    divisor = len(tokens) * (scale if config.dtype == 'float16' else 1)
-    return jax.tree.map(lambda x: x / divisor, totals)
+        totals = sharded_grads(loss_fn, params, base, tokens, key, config.dtype, mesh, fsdp)
+    return totals if after is None else jax.tree.map(lambda x: x / after, totals)
 
 
 # -----------------------------------------------------------------------------
@@ -276,7 +305,7 @@ def train_step(state, tokens, lr, key, config, tx, mesh=None, fsdp=False):
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     def update(params, opt_state):
-        updates, opt_state = tx.update(grads, opt_state, params)  # clips, too
+        updates, opt_state = tx.update(grads, opt_state, params, norm=grad_norm)  # clips, too
         return jax.tree.map(lambda p, u: p - lr * u, params, updates), opt_state
 
     # a branch: choosing between old and new values would keep both, 0.4 GB more for 124M parameters
@@ -289,6 +318,8 @@ def train_step(state, tokens, lr, key, config, tx, mesh=None, fsdp=False):
                'skipped_in_a_row': jnp.where(finite, 0, state['skipped_in_a_row'] + 1)}
     state = {'params': params, 'base': base, 'opt_state': opt_state, 'step': state['step'] + 1,
              'loss_scale': scale, 'scale_age': age, **skipped}
+    if mesh is not None:  # else XLA may return it whole on each device, in other memory
+        state = jax.lax.with_sharding_constraint(state, shardings(state, mesh, fsdp))
     return state, {'loss': loss, 'grad_norm': grad_norm, **skipped}
 
 
@@ -310,6 +341,14 @@ def lower_step(state, shape, mesh, config, tx, fsdp=False):
     compiled."""
     tokens, key = abstract_tokens(shape, mesh, config), jax.random.key(0)
     return train_step.lower(state, tokens, 0.0, key, config=config, tx=tx, mesh=mesh, fsdp=fsdp)
+
+
+def with_flash(config, devices, wanted=True):
+    """(config, why not): the config with FlashAttention if that is wanted and the model and the
+    devices allow it, else without it and the reason."""
+    why_not = '' if wanted else 'flash = False'
+    why_not = why_not or no_flash(devices) or config.no_flash
+    return replace(config, flash=not why_not), why_not
 
 
 def compile_step(state, shape, mesh, config, tx, fsdp=False):

@@ -62,7 +62,7 @@ seed = 1337
 device = ''  # 'cpu', 'gpu' or 'tpu'; '': the best that JAX finds
 debug_nans = False  # stop at the operation that makes the first NaN, with a traceback; slow
 dtype = ''  # of matmuls: 'float32', 'bfloat16' or 'float16'; '': bfloat16, but float32 on older CPUs
-flash = False  # cuDNN's FlashAttention, on NVIDIA GPUs; needs dropout = 0.0
+flash = True  # cuDNN's FlashAttention where it can be: on NVIDIA GPUs, in bfloat16, with dropout = 0.0
 remat = False  # less memory on GPU and TPU: compute activations again in the backward pass
 loss_chunks = 1  # less memory: compute the logits of so many parts of the tokens one after the other
 compile_cache = True  # keep compiled programs in ~/.cache/nanogpt-jax: the next start is faster
@@ -91,7 +91,7 @@ from rundir import (Checkpoints, RunError, check_out_dir, clear_run, lock_out_di
                     resume_config, save_base, save_best, save_config)
 from step import (abstract_state, all_params, batch_sharding, compile_eval, compile_step,
                   estimate_mfu, eval_step, get_lr, lora_table, make_optimizer, place_on,
-                  state_creator, train_step)
+                  state_creator, train_step, with_flash)
 
 check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6),
       sample_tokens=(0, 10**6), gradient_accumulation_steps=(1, 10**6), batch_size=(1, 10**6),
@@ -118,8 +118,6 @@ with refuse(ValueError, RuntimeError):
     join_processes(coordinator, num_processes, process_id)
     devices = find_devices(device)
     mesh = make_mesh(devices, mesh_data, mesh_tensor)
-if flash and devices[0].platform != 'gpu':
-    fail('flash = True: cuDNN is for NVIDIA GPUs')
 if compile_cache:
     keep_compiled()
 only_process_0_prints()
@@ -164,7 +162,9 @@ def get_batch(split, starts):
 
 model_args = {field.name: globals()[field.name] for field in fields(GPTConfig) if field.name != 'cpus'}
 with refuse(ValueError):
-    model_config = GPTConfig(**model_args, cpus=cpus)
+    model_config = GPTConfig(**model_args | {'flash': False}, cpus=cpus)
+model_config, no_flash = with_flash(model_config, devices, flash)
+model_args['flash'] = model_config.flash
 tx = make_optimizer(beta1, beta2, weight_decay, grad_clip)
 abstract = abstract_state(model_config, tx, mesh, fsdp)
 from_file = None if origin == 'scratch' else 'base' if lora_rank else 'params'  # what a new run reads
@@ -176,6 +176,8 @@ n_frozen = sum(x.size for x in jax.tree.leaves(abstract['base']))
 print(f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), '
       f"mesh data={mesh.shape['data']} tensor={mesh.shape['tensor']}")
 print(f'number of parameters: {n_params / 1e6:.2f}M, matmuls in {dtype}')
+if devices[0].platform == 'gpu':
+    print('attention: ' + (f'plain, because {no_flash}' if no_flash else "cuDNN's FlashAttention"))
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
 if lora_rank:
     print(lora_table(abstract['params'], abstract['base'], model_config))
