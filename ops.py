@@ -167,7 +167,10 @@ def dropout(x, rate, key):
 def cross_entropy(logits, targets):
     """The mean of -log softmax(logits)[target], in float32: logits (..., V), targets (...)."""
     logits = logits.astype(jnp.float32)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    # to look the target up would scatter its gradient: on an H100, a step of 124M then needs 1.2
+    # times the memory
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    target_logits = jnp.where(is_target, logits, 0).sum(-1)
     return (jax.nn.logsumexp(logits, -1) - target_logits).mean()
 
 
