@@ -29,7 +29,7 @@ largest_batch = False  # also find the largest batch_size that fits: some more c
 # compile, comm: to predict an iteration
 chip_tflops = 400.0  # TFLOP/s that a device reaches in training; 400: 40% of an H100's bfloat16 peak
 link_gb = 400.0  # comm: GB/s that a device sends to its neighbors; 400: NVLink on an H100, 50: InfiniBand NDR
-exec(open(os.path.join(_here, 'configurator.py')).read())
+exec(open(os.path.join(_here, 'configurator.py'), encoding='utf-8').read())
 # -----------------------------------------------------------------------------
 
 check(chip_tflops=(1e-6, 1e9), link_gb=(1e-6, 1e9), mesh_data=(-1, 10**5), mesh_tensor=(1, 10**5),
@@ -38,17 +38,22 @@ check(chip_tflops=(1e-6, 1e9), link_gb=(1e-6, 1e9), mesh_data=(-1, 10**5), mesh_
 if mode not in ('train', 'sample', 'data', 'compile', 'comm'):
     fail(f"mode = {mode!r}: must be 'train', 'sample', 'data', 'compile' or 'comm'")
 
-import resource
 import tempfile
 from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 from chips import (BETWEEN_HOSTS, CHIPS, UnknownText, collectives, estimated_cycles,
                    open_topology)
-from dataset import load_batch, micro_batches, open_dataset, padded, train_starts
+from dataset import dataset_name, load_batch, micro_batches, open_dataset, padded, train_starts
 from devices import best_dtype, count_cpus, find_devices, make_mesh
 from model import (GPTConfig, decode, decoding_params, flops_per_token, init_params, num_params,
                    prefill)
@@ -60,7 +65,7 @@ tx = make_optimizer(beta1, beta2, weight_decay, grad_clip)
 
 def dataset_or_none():
     try:
-        return open_dataset(os.path.join(_here, 'data', dataset), block_size)
+        return open_dataset(os.path.join(_here, 'data', dataset_name(dataset)), block_size)
     except ValueError:
         return None, None
 
@@ -108,7 +113,9 @@ def gemm_flops(dtype):
 def peak_memory(device):
     """Bytes of a GPU or a TPU; on a CPU, of the process."""
     peak = (device.memory_stats() or {}).get('peak_bytes_in_use')
-    return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if peak or not resource:
+        return peak or getattr(memory := psutil.Process().memory_info(), 'peak_wset', memory.rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def train():

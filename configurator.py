@@ -7,22 +7,68 @@
 #
 # A key is a global of the script that is an int, float, bool or str. Config files and options
 # follow the same rules: an unknown key or a value of the wrong type is an error (exit code 2). A
-# config file is Python: it sees the values so far, it may import, and it may have names of its own
-# that start with an underscore.
+# config file is Python: it sees the values so far, it may import, it may take in another config
+# file by exec or import *, and it may have names of its own that start with an underscore.
 #
 # The script gets some names from here:
 #   config                  a dict of all keys and their values
 #   given, typed            the keys that somebody set, and those of them that were options
+#   warn(message)           prints one line
 #   fail(message)           prints one line and exits with code 2
 #   refuse(*errors)         `with refuse(ValueError):` does that with errors that are raised inside
 #   check(key=(low, high))  does that with numbers out of bounds
+import atexit
+import os
+import signal
+import sys
+
+
+def _interrupted(number, frame):
+    """Ends the script at Ctrl-C, as long as there is nothing to save. Python's own exception can get
+    lost in the middle of an import, and the script would go on."""
+    os.write(2, f'{os.path.basename(__file__)}: interrupted\n'.encode())
+    os._exit(130)
+
+
+def _report(kind, error, traceback):
+    """Shows an error that nobody caught, but ends without a word where nobody reads the output any
+    more, as in `python sample.py | head`."""
+    if isinstance(error, BrokenPipeError):
+        os._exit(141)
+    sys.__excepthook__(kind, error, traceback)
+
+
+def _flush():
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os._exit(141)
+
+
+if __name__ == '__main__':
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
+    if hasattr(signal, 'pthread_sigmask'):  # _keep_the_heap() blocks Ctrl-C while it restarts the script
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for _name, _mode in ('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w'):
+        if getattr(sys, _name) is None:  # closed, as by `>&-`: else the next file would take its place
+            setattr(sys, _name, open(os.devnull, _mode, encoding='utf-8'))
+        elif _mode == 'w' and getattr(sys, _name).encoding.lower() != 'utf-8':  # text is UTF-8 on every system
+            getattr(sys, _name).reconfigure(encoding='utf-8', errors='backslashreplace')
+    sys.excepthook = _report
+    atexit.register(_flush)
+
 import ast
 import difflib
 import gc
-import os
 import re
-import sys
+import traceback
+import types
 from contextlib import contextmanager
+
+
+def warn(message):
+    print(f'{os.path.basename(__file__)}: warning: {message}', file=sys.stderr)
 
 
 def fail(message, code=2):
@@ -35,6 +81,8 @@ def refuse(*errors, code=2):
     try:
         yield
     except errors as e:
+        if isinstance(e, BrokenPipeError):  # nobody reads the message, either
+            raise
         fail(f'{e.filename}: {e.strerror}' if isinstance(e, OSError) and e.filename else e, code)
 
 
@@ -63,14 +111,14 @@ def _set(key, value, where):
     """Checks one assignment and stores it in `config`. Where it is refused, the message begins with
     `where`."""
     if key not in config:
-        moved = {'compile': 'JAX always compiles', 'backend': 'JAX chooses how devices talk to each other'}
-        if key in moved:
-            fail(f"{where}: nanoGPT's {key} has no meaning here ({moved[key]}): leave it out")
+        if key in ('compile', 'backend'):  # nanoGPT's
+            reason = 'JAX always compiles' if key == 'compile' else 'JAX chooses how devices talk'
+            return warn(f'{where}: {key} has no meaning here ({reason})')
         close = difflib.get_close_matches(key, config, n=1)
         fail(f'{where}: unknown key {key}, ' + (f'did you mean {close[0]}?' if close else 'see --help'))
     want = type(config[key])
-    if want is float and type(value) is int:
-        value = float(value)
+    if want in (int, float) and type(value) in (int, float) and abs(value) < 1e300 and value % 1 == 0:
+        value = want(value)  # 1 is a float, too, and 2e3 an int
     if type(value) is not want or value in (float('inf'), -float('inf')) or value != value:
         article = 'an' if want is int else 'a'
         fail(f'{where}: {key} is {article} {want.__name__}, such as {config[key]!r}, not {value!r}')
@@ -78,36 +126,69 @@ def _set(key, value, where):
     given.add(key)
 
 
+class _Names(dict):
+    """The globals of a config file. They note what the file assigns and in which line, no matter
+    whether it does so itself or with exec or import *."""
+
+    def __init__(self, path, names):
+        super().__init__(names)
+        self.path, self.lines = path, {}
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, value)
+        frame = sys._getframe(1)
+        while frame and frame.f_code.co_filename != self.path:
+            frame = frame.f_back
+        self.lines[name] = frame.f_lineno if frame else 1
+
+
 def _run_file(path):
-    """Runs a config file and takes over what it assigns."""
+    """Runs a config file, of this folder or of the script's, and takes over what it assigns."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if not os.path.exists(path) and os.path.exists(os.path.join(folder, path)):
+        path = os.path.join(folder, path)
+    names = _Names(path, _defaults | config | {'__file__': path})
+    sys.path.append(os.path.dirname(os.path.abspath(path)))  # it can import its neighbors
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             tree = ast.parse(f.read(), path)
-        names = dict(config)
         exec(compile(tree, path, 'exec'), names)
     except (OSError, UnicodeDecodeError) as e:
-        fail(f'config file {path}: {e.strerror if isinstance(e, OSError) else "not UTF-8 text"}')
+        name = path if not isinstance(e, OSError) or e.filename in (None, path) else f'{path}: {e.filename}'
+        fail(f'config file {name}: {e.strerror if isinstance(e, OSError) else "not UTF-8 text"}')
     except SyntaxError as e:
-        fail(f'{path}:{e.lineno}: {e.msg}')
-    except Exception as e:
-        while e.__traceback__.tb_next:
-            e.__traceback__ = e.__traceback__.tb_next
-        fail(f'{path}:{e.__traceback__.tb_lineno}: {type(e).__name__}: {e}')
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in names and node.id[0] != '_':
-            _set(node.id, names[node.id], f'{path}:{node.lineno}')
+        fail(f'{e.filename or path}:{e.lineno or 1}: {e.msg}')
+    except (Exception, SystemExit) as e:
+        lines = [line for frame, line in traceback.walk_tb(e.__traceback__) if frame.f_code.co_filename == path]
+        fail(f'{path}:{lines[-1] if lines else 1}: {type(e).__name__}: {e}')
+    finally:
+        sys.path.pop()
+    assigned = {name: names[name] for name in names.lines if name in names and name[0] != '_'}
+    if assigned.keys() & _left_alone:  # a recipe for train.py, and this is sample.py
+        takes = {'out_dir', 'device', 'dtype', 'seed'} | ({'init_from'} if names['eval_only'] else set())
+        assigned = {k: v for k, v in assigned.items() if k in takes or k not in _left_alone | config.keys()}
+    targets = [node.target if isinstance(node, ast.For) else node.optional_vars
+               for node in ast.walk(tree) if isinstance(node, (ast.For, ast.withitem))]
+    helpers = {node.id for t in filter(None, targets) for node in ast.walk(t) if isinstance(node, ast.Name)}
+    for name, value in assigned.items():
+        if name in config or not (callable(value) or isinstance(value, types.ModuleType) or name in helpers):
+            _set(name, value, f'{path}:{names.lines[name]}')
 
 
 def _set_option(arg):
     """Takes over one --key=value. A str key takes the text as it is, or the contents of a quoted
-    literal."""
+    literal. A bool key alone means True."""
     key, equals, text = arg[2:].partition('=')
+    if arg.startswith('--') and not equals and type(config.get(key)) is bool:
+        equals, text = '=', 'True'
     if not (arg.startswith('--') and equals):
         fail(f'{arg}: options are written --key=value')
     try:
         value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         value = text
+    if type(config.get(key)) is bool and text.lower() in ('true', 'false'):
+        value = text.lower() == 'true'
     if type(config.get(key)) is str and type(value) is not str:
         value = text
     _set(key, value, arg)
@@ -142,23 +223,26 @@ def _keep_the_heap():
         settings = 'hugetlb=1', 'mmap_max=0', 'trim_threshold=2147483647'
         os.environ['GLIBC_TUNABLES'] = ':'.join(f'glibc.malloc.{setting}' for setting in settings)
         sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the script has started again
         os.execv(sys.executable, sys.orig_argv)
 
 
+_keep_the_heap()
 _more_keys = globals().get('_more_keys')
+_defaults = _keys_of(_recipes_of) if '_recipes_of' in globals() else {}  # of the script whose recipes this one takes
 config = _keys_of(_more_keys) if _more_keys else {}
 config |= {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))}
+_left_alone = _defaults.keys() - config.keys()
 given, typed = set(), set()
 if {'-h', '--help'} & set(sys.argv[1:]):
-    try:
-        print(_help(), flush=True)
-    except BrokenPipeError:  # as in `python train.py --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(_help(), flush=True)
     sys.exit(0)
+for _arg, _next in zip(sys.argv[1:], sys.argv[2:]):
+    if _arg[:2] == '--' and '=' not in _arg and _next[:1] != '-' and not _next.endswith('.py'):
+        fail(f'{_arg} {_next}: options are written --key=value, so {_arg}={_next}')
 for _arg in [a for a in sys.argv[1:] if not a.startswith('-')]:
     _run_file(_arg)
 for _arg in [a for a in sys.argv[1:] if a.startswith('-')]:
     _set_option(_arg)
 globals().update(config)
 _collect_garbage_less()
-_keep_the_heap()

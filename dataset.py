@@ -2,9 +2,11 @@
 From .bin files to batches. A batch is a pure function of (seed, split, step): resuming needs no other
 state, and every mesh sees the same sequences.
 """
+import contextlib
 import functools
 import json
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -25,19 +27,38 @@ def read_json(path):
     return value
 
 
+def dataset_name(dataset):
+    """The name of a dataset, where somebody may have typed its path, as a shell completes it: 'text'
+    for 'data/text/'. Raises ValueError for no name."""
+    name = os.path.normpath(dataset).removeprefix(f'data{os.sep}')
+    if name in ('.', 'data'):
+        raise ValueError(f'dataset = {dataset!r}: it takes the name of a folder in data/, such as shakespeare_char')
+    return name
+
+
+def check_meta(meta, path):
+    """Raises ValueError where a dict lacks vocab_size or a tokenizer that fits it."""
+    tokenizer, size = meta.get('tokenizer'), meta.get('vocab_size')
+    tokenizer = tokenizer if isinstance(tokenizer, dict) else {}
+    fits = {'char': isinstance(tokenizer.get('chars'), str) and len(tokenizer['chars']) == size,
+            'tiktoken': isinstance(tokenizer.get('name'), str)}
+    if type(size) is not int or size < 1 or not fits.get(str(tokenizer.get('kind'))):
+        raise ValueError(f'{path} lacks vocab_size or a tokenizer that fits it')
+
+
 def open_dataset(folder, block_size):
     """({'train': tokens, 'val': tokens}, meta) of a dataset's folder, memory-mapped. Raises
     ValueError if files are missing, damaged or too short, or if tokens are outside the
     vocabulary."""
-    folder, data = Path(folder), {}
-    meta = GPT2_META
+    with contextlib.suppress(ValueError):  # shorter in messages; not from one drive to another
+        folder = os.path.relpath(folder)
+    folder, data, meta = Path(folder), {}, GPT2_META
     if (folder / 'meta.json').exists():
         meta = read_json(folder / 'meta.json')
-        tokenizer, size = meta.get('tokenizer', {}), meta.get('vocab_size')
-        fits = {'char': len(tokenizer.get('chars', '')) == size, 'tiktoken': 'name' in tokenizer}
-        if type(size) is not int or not fits.get(tokenizer.get('kind')):
-            raise ValueError(f'{folder}/meta.json lacks vocab_size or a tokenizer that fits it; prepare '
-                             'the dataset again')
+        check_meta(meta, folder / 'meta.json')
+    elif (folder / 'meta.pkl').exists():
+        raise ValueError(f"{folder} has nanoGPT's meta.pkl and no meta.json: run python data/from_nanogpt.py "
+                         f"{folder / 'meta.pkl'}")
     for split in ('train', 'val'):
         path = folder / f'{split}.bin'
         if not path.exists():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import psutil
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
@@ -27,10 +28,18 @@ PEAK_FLOPS = {'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e1
 
 
 def find_devices(kind=''):
-    """All devices of a kind, 'cpu', 'gpu' or 'tpu'; of the best kind that JAX finds for ''. Only
+    """All devices of a kind, 'cpu', 'gpu' or 'tpu'; of the best kind that JAX finds for ''; the only
+    GPU with this number for 'gpu:1'. 'cuda' is another name of 'gpu', as in PyTorch. Only
     join_processes() may run before. Raises ValueError if there are none."""
-    if kind:
-        jax.config.update('jax_platforms', {'gpu': 'cuda'}.get(kind, kind))
+    platform, _, number = kind.partition(':')
+    platform = platform if number.isdecimal() else kind
+    if platform == 'mps':  # PyTorch's name of a Mac's GPU
+        print("warning: device = 'mps': JAX has no such device, so this takes the best that it finds",
+              file=sys.stderr)
+    elif platform:
+        jax.config.update('jax_platforms', {'gpu': 'cuda'}.get(platform, platform))
+    if number and platform in ('gpu', 'cuda'):
+        jax.config.update('jax_cuda_visible_devices', number)
     try:
         return jax.devices()
     except (RuntimeError, AssertionError):
@@ -122,13 +131,21 @@ def array_max(numbers):
 
 
 class StopSignal:
-    """Catches Ctrl-C (SIGINT) and SIGTERM, so that the loop can finish its iteration and save. A
-    second one ends the process at once."""
+    """Catches Ctrl-C (SIGINT), SIGTERM and, where there is one, the SIGHUP of a terminal that is
+    closed, so that the loop can finish its iteration and save. A second SIGINT or SIGTERM ends the
+    process at once."""
 
     def __init__(self, mesh):
         self.mesh, self.number, self.asked = mesh, 0, 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.catch)
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+            number = getattr(signal, name, None)
+            # `nohup` starts a process that ignores SIGHUP, and so it stays
+            if number and not (name == 'SIGHUP' and signal.getsignal(number) == signal.SIG_IGN):
+                signal.signal(number, self.catch)
+
+    def output_closed(self):
+        """Nobody reads the output any more. Not every system has a signal for that."""
+        self.catch(getattr(signal, 'SIGPIPE', signal.SIGTERM))
 
     def catch(self, number, frame=None):
         self.number = self.number or number
@@ -157,7 +174,9 @@ class StopSignal:
 
 def keep_compiled():
     """Keeps compiled programs in the user's cache directory, so that the next start is faster."""
-    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    cache = os.environ.get('XDG_CACHE_HOME', '')
+    if not os.path.isabs(cache):  # a relative path means nothing there, says XDG
+        cache = os.path.expanduser('~/.cache')
     # one folder for each host: code for one CPU may not run on another
     folder = os.path.join(cache, 'nanogpt-jax', platform.node())
     jax.config.update('jax_compilation_cache_dir', folder)
@@ -183,7 +202,7 @@ def compile_for(mesh, lowered):
     needed = (use.argument_size_in_bytes + use.temp_size_in_bytes + use.output_size_in_bytes
               - use.alias_size_in_bytes)
     if on_cpu:  # simulated devices share the memory
-        limit, needed = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'), needed * mesh.size
+        limit, needed = psutil.virtual_memory().total, needed * mesh.size
     else:
         limit = (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', math.inf)
     if needed > limit:

@@ -14,7 +14,7 @@ checkpoint = 'best'  # 'best' by validation loss, or 'latest'
 hf_dir = 'hf'  # the directory to write
 dtype = 'float32'  # of the file: 'float32' as trained, or 'bfloat16' or 'float16', which take half the space
 overwrite = False  # replace an export that is in hf_dir
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 # -----------------------------------------------------------------------------
 
 import hf
@@ -23,8 +23,6 @@ if checkpoint not in ('best', 'latest'):
     fail(f"checkpoint = {checkpoint!r}: must be 'best' or 'latest'")
 if dtype not in ('float32', 'bfloat16', 'float16'):
     fail(f"dtype = {dtype!r}: must be 'float32', 'bfloat16' or 'float16'")
-if not os.path.exists(os.path.join(out_dir, 'config.json')):
-    fail(f'out_dir = {out_dir!r} holds no run; train one with train.py')
 if os.path.lexists(hf_dir):
     if not overwrite:
         fail(f'hf_dir = {hf_dir!r} is there already; --overwrite=True replaces an export')
@@ -32,9 +30,10 @@ if os.path.lexists(hf_dir):
         fail(f'hf_dir = {hf_dir!r} is there already and holds other files than an export')
 
 from devices import find_devices
-from rundir import open_model
+from rundir import open_model, read_run
 
 with refuse(ValueError, OSError):
+    read_run(out_dir)
     find_devices('cpu')
     config, meta, read = open_model(out_dir, checkpoint)
     files = hf.export_files(config, meta, dtype)

@@ -150,7 +150,8 @@ def tokenizer_json(kind, chars='', name=''):
     if kind == 'char':  # each character is a word, and words follow each other without spaces
         split = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated',
                  'invert': False}
-        words = {'type': 'WordLevel', 'vocab': {c: i for i, c in enumerate(chars)}, 'unk_token': ''}
+        unknown = next((c for c in ' \n' if c in chars), chars[0])  # there is no id for other characters
+        words = {'type': 'WordLevel', 'vocab': {c: i for i, c in enumerate(chars)}, 'unk_token': unknown}
         return result | {'pre_tokenizer': split, 'decoder': {'type': 'Fuse'}, 'model': words}, None
     if name != 'gpt2':
         raise ValueError(f'the tokenizer {name} cannot be exported, only gpt2 and characters can')

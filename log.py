@@ -2,10 +2,11 @@
 What a run says: on the terminal, in log.csv, in loss.png, and to wandb.
 """
 import contextlib
+import math
 import os
-import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -13,6 +14,32 @@ import numpy as np
 from tqdm import tqdm
 
 from rundir import RunError, write
+
+
+@contextlib.contextmanager
+def wandb_errors():
+    """Turns an error of wandb into a ValueError that says what to do."""
+    try:
+        yield
+    except Exception as e:  # not installed, not logged in, no network
+        reason = (str(e).splitlines() or [''])[0]
+        raise ValueError(f'wandb_log = True: {type(e).__name__}: {reason} (wandb login, WANDB_MODE=offline or '
+                         '--wandb_log=False may help)') from None
+
+
+def log_in_to_wandb():
+    """Raises ValueError where nobody can, before a run changes anything."""
+    with wandb_errors():
+        import wandb
+        if os.environ.get('WANDB_MODE', 'online') == 'online':
+            wandb.login()
+
+
+def start_wandb(project, name, config, run_id):
+    """wandb's run, a new one or the one that goes on. Raises ValueError."""
+    with wandb_errors():
+        import wandb
+        return wandb.init(project=project, name=name, config=config, id=run_id, resume='allow')
 
 
 class Log:
@@ -32,15 +59,22 @@ class Log:
         if writes and jax.process_index() == 0:
             lines = [','.join(self.columns) + '\n']
             if first_iter > 0 and self.path.exists():
-                for line in self.path.read_text(encoding='utf-8').splitlines(keepends=True):
-                    whole = line.endswith('\n') and line[0].isdigit()
-                    if whole and int(line.split(',')[0]) < first_iter:
-                        lines.append(line)
+                text = self.path.read_text(encoding='utf-8', errors='replace')
+                lines += [line for line in text.splitlines(keepends=True) if self.iter_of(line) < first_iter]
             write(self.path, ''.join(lines))
             self.file = open(self.path, 'a', buffering=1, encoding='utf-8')
         self.start_time = self.last_time = self.last_plot = time.time()
         self.bar = tqdm(total=max_iters + 1, initial=first_iter, unit='it', disable=None,
                         dynamic_ncols=True)
+
+    def iter_of(self, line):
+        """The iteration of a row of the file; infinity if the row is damaged."""
+        cells = line.split(',')
+        try:
+            whole = line.endswith('\n') and len(cells) == len(self.columns)
+            return [float(cell) for cell in cells if cell.strip()][0] if whole and cells[0] else math.inf
+        except ValueError:
+            return math.inf
 
     def __enter__(self):
         return self
@@ -53,9 +87,9 @@ class Log:
         try:
             tqdm.write(text)
             sys.stdout.flush()
-        except BrokenPipeError:  # as when Ctrl-C also ends the `tee` behind train.py: save and stop
+        except OSError:  # as when Ctrl-C also ends the `tee` behind train.py: save and stop
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.stop.catch(signal.SIGPIPE)
+            self.stop.output_closed()
 
     def iteration(self, n, lr, metrics):
         """Reports the iteration before n. Its results are there by now, and n runs on: devices
@@ -110,8 +144,14 @@ class Log:
             self.file.write(','.join(f'{row[c]:.7g}' if c in row else '' for c in self.columns) + '\n')
 
     def plot(self):
-        if not self.file:
-            return
+        """Draws loss.png. A picture must not end a run, so an error is only reported."""
+        try:
+            if self.file:
+                self.draw()
+        except Exception as e:
+            self.say(f'warning: loss.png cannot be drawn ({type(e).__name__}: {e})')
+
+    def draw(self):
         from matplotlib.figure import Figure  # without pyplot there is no window system to look for
         log = np.genfromtxt(self.path, delimiter=',', names=True, ndmin=1)
         figure = Figure(figsize=(8, 5), layout='constrained')
@@ -122,12 +162,14 @@ class Log:
             there = ~np.isnan(log[name])
             top.plot(log['iter'][there], log[name][there], **style)
         bottom.plot(log['iter'], log['lr'], color='tab:gray')
-        top.set(ylabel='loss', title=self.title)
+        top.set(ylabel='loss')
+        top.set_title(self.title, parse_math=False)
         top.legend()
         top.grid(alpha=0.3)
         bottom.set(xlabel='iteration', ylabel='learning rate')
         png = self.path.with_name('loss.png')
-        figure.savefig(f'{png}.tmp', format='png', dpi=100)
+        with warnings.catch_warnings(action='ignore'):  # the font may lack characters of the title
+            figure.savefig(f'{png}.tmp', format='png', dpi=100)
         os.replace(f'{png}.tmp', png)
 
     def summary(self, iter_num):
@@ -136,3 +178,6 @@ class Log:
         tokens = n * self.tokens_per_iter
         self.say(f'{n:,} iterations in {seconds:.1f}s, {tokens:,} tokens, '
                  f'{tokens / seconds:,.0f} tokens/s')
+        if n == 0 and self.file and not self.stop.number:
+            self.say('the run was finished: a higher --max_iters makes it longer, and with decay_lr also a '
+                     'higher --lr_decay_iters')

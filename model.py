@@ -228,6 +228,11 @@ class GPT(nnx.Module):
         chunk_loss = jax.checkpoint(lambda chunk: ops.cross_entropy(self.head(chunk[0]), chunk[1]))
         return jax.lax.map(chunk_loss, (x.reshape(n, -1, C), targets.reshape(n, -1))).mean()
 
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, *, seed=0, **how):
+        """generate(), below, as nanoGPT calls it. A seed takes the place of PyTorch's global one."""
+        return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k,
+                        key=jax.random.key(seed), **how)
+
     @classmethod
     def from_pretrained(cls, name_or_directory, **changes):
         """GPT-2 from Hugging Face: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a directory

@@ -13,24 +13,24 @@ When many processes train together, all of them write the checkpoints. Process 0
 """
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import filelock
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
 
 import hf
-from dataset import GPT2_META, read_json
+from dataset import GPT2_META, check_meta, read_json
 from devices import count_cpus
 from model import GPTConfig, abstract_params, build
 from step import join_lora, merge_lora, place_on_one_device, split_lora
@@ -50,16 +50,16 @@ def write(path, text):
 
 
 def lock_out_dir(out_dir):
-    """Makes out_dir this process's own. The lock is held by the open file that is returned and ends
+    """Makes out_dir this process's own. The lock is held by the object that is returned and ends
     with the process, however that ends. Raises ValueError if another process has it, OSError if it
     cannot be written."""
     if jax.process_index() > 0:
         return None
     os.makedirs(out_dir, exist_ok=True)
-    lock = open(os.path.join(out_dir, 'lock'), 'w')
+    lock = filelock.FileLock(os.path.join(out_dir, 'lock'))
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
         raise ValueError(f'out_dir = {out_dir!r} is in use by another training process') from None
     return lock
 
@@ -87,11 +87,18 @@ OF_THE_MACHINE = {'out_dir', 'init_from', 'eval_only', 'overwrite', 'device', 'm
 MAY_CHANGE = {'dropout', 'dtype', 'flash', 'remat', 'loss_chunks'}
 
 
-def check_out_dir(out_dir, init_from, may_replace):
+def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):
     """Raises ValueError where out_dir holds a run that a new one would replace, or would start
-    from."""
+    from; ValueError or OSError where it can be no folder of this user's."""
+    if not out_dir or '\0' in out_dir or out_dir != out_dir.encode(errors='ignore').decode():
+        raise ValueError(f'out_dir = {out_dir!r}: it takes the path of a folder')
+    folder = Path(out_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    for wrong, number in (not there.is_dir(), errno.ENOTDIR), (not os.access(there, os.W_OK), errno.EACCES):
+        if wrong and not eval_only:
+            raise OSError(number, os.strerror(number), out_dir)
     holds_run = os.path.exists(os.path.join(out_dir, 'config.json'))
-    if holds_run and init_from != 'resume' and not may_replace:
+    if holds_run and init_from != 'resume' and not (overwrite or eval_only):
         raise ValueError(f'{out_dir} holds a run: go on with it (--init_from=resume), replace it '
                          '(--overwrite=True), or name another --out_dir')
     if os.path.realpath(init_from) == os.path.realpath(out_dir):
@@ -99,14 +106,37 @@ def check_out_dir(out_dir, init_from, may_replace):
                          'that it starts from')
 
 
+def read_run(out_dir):
+    """The config.json of a run. Raises ValueError if there is none, or if it is damaged."""
+    path = os.path.join(out_dir, 'config.json')
+    if not os.path.exists(path):
+        if os.path.exists(checkpoint := os.path.join(out_dir, 'ckpt.pt')):
+            raise ValueError(f'{out_dir} holds a run of nanoGPT: where PyTorch is, run python '
+                             f'data/from_nanogpt.py {checkpoint}')
+        raise ValueError(f'out_dir = {out_dir!r} holds no run: there is nothing to resume or to read')
+    saved = read_json(path)
+    check_meta(saved, path)
+    args = saved.get('model_args')
+    types = {field.name: field.type for field in fields(GPTConfig)}
+    if not isinstance(args, dict) or any(type(value) is not types.get(key) for key, value in args.items()):
+        raise ValueError(f'{path} is damaged: its model_args are not those of a model')
+    if not isinstance(saved.get('config'), dict):
+        raise ValueError(f'{path} is damaged: it lacks the settings of the run')
+    try:
+        GPTConfig(**args)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'{path} is damaged: {e}') from None
+    return saved
+
+
 def resume_config(out_dir, config, given):
     """(config, saved): the settings with which a run goes on, and its config.json. They are the
     run's own, except for the keys that are `given` now. Raises ValueError if there is no run, or if
     the model would change."""
-    path = os.path.join(out_dir, 'config.json')
-    if not os.path.exists(path):
-        raise ValueError(f'nothing to resume: {out_dir} holds no run')
-    saved = read_json(path)
+    saved = read_run(out_dir)
+    for key, value in saved['config'].items():
+        if key in config and type(value) is not type(config[key]):
+            raise ValueError(f"{os.path.join(out_dir, 'config.json')} is damaged: {key} = {value!r}")
     config = config | {key: value for key, value in saved['config'].items()
                        if key in config and key not in given | OF_THE_MACHINE}
     for key in given & saved['model_args'].keys() - MAY_CHANGE:
@@ -124,23 +154,37 @@ def save_config(out_dir, config, model_args, meta):
     write(os.path.join(out_dir, 'config.json'), json.dumps(run, indent=1))
 
 
-def save_best(out_dir, iter_num, val_loss):
-    """Writes best.json."""
-    write(os.path.join(out_dir, 'best.json'), json.dumps({'iter': iter_num, 'val_loss': val_loss}))
+def read_best(out_dir, steps):
+    """The iteration that best.json names; None if there is no such file. Raises ValueError if it is
+    damaged, or if there is no such checkpoint among `steps`: then files of the run are missing."""
+    path = Path(out_dir, 'best.json')
+    if not path.exists():
+        return None
+    best = read_json(path).get('iter')
+    if type(best) is not int:
+        raise ValueError(f'{path} is damaged: it names no checkpoint. Without it, the latest checkpoint is used')
+    if best not in steps and not list(path.parent.glob(f'damaged-{best}-*')):
+        rest = f'checkpoint {max(steps)} is used' if steps else 'the run starts again from the beginning'
+        raise ValueError(f'{path} names checkpoint {best}, which is not there: copy the run again, whole. '
+                         f'If it is lost, delete {path}: then {rest}')
+    return best
 
 
 # -----------------------------------------------------------------------------
 # checkpoints
 
+NO_BEST = {'best_val_loss': 1e9, 'best_iter': None}  # of a run's progress, before there is a best checkpoint
+
 
 class Checkpoints:
     """The checkpoints of a run: a state and a dict, `progress`, for some numbers of iterations.
-    Threads write them while training goes on, and nobody sees one before it is whole."""
+    Threads write them while training goes on, and nobody sees one before it is whole. `best` is the
+    checkpoint with the best loss, and `noted` is what best.json says, which comes a bit later."""
 
     def __init__(self, out_dir, read_only=False):
         logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs what it raises, too
         self.out_dir, self.folder = out_dir, Path(out_dir, 'checkpoints').absolute()
-        self.best, self.read_only = None, read_only
+        self.best, self.best_loss, self.noted, self.read_only = None, None, None, read_only
         self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
             preservation_policy=self, create=not read_only, cleanup_tmp_directories=not read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=lambda: seal(self.folder))))
@@ -148,15 +192,17 @@ class Checkpoints:
     def should_preserve(self, checkpoints, *, context):
         """Orbax asks which checkpoints stay: the latest two, and the best."""
         steps = [c.step for c in checkpoints]
-        return [step in (*sorted(steps)[-2:], self.best) for step in steps]
+        return [step in (*sorted(steps)[-2:], self.best, self.noted) for step in steps]
 
     def save(self, n, state, progress):
         """Copies the state and leaves the writing to threads. Raises OSError if the disk is too
         full, and whatever went wrong with the save before."""
-        self.best = progress['best_iter']
-        if n in self.manager.all_steps():
+        is_saved = n in self.manager.all_steps()
+        if not is_saved:
+            self.wait()  # for the save before: Orbax would wait, too
+        self.best, self.best_loss = progress['best_iter'], progress['best_val_loss']
+        if is_saved:
             return
-        self.wait()  # for the save before: Orbax would wait, too
         state = {k: v for k, v in state.items() if k != 'base'}
         if shutil.disk_usage(self.folder).free < sum(x.nbytes for x in jax.tree.leaves(state)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -169,12 +215,28 @@ class Checkpoints:
     def wait(self):
         """Until all is written."""
         self.manager.wait_until_finished()
+        self.note_best()
 
-    def restore(self, abstract):
+    def note_best(self):
+        """Brings best.json up to date, once the checkpoint that it is to name is whole."""
+        if self.read_only or self.best == self.noted:
+            return
+        path = Path(self.out_dir, 'best.json')
+        if self.best is None:
+            path.unlink(missing_ok=True)
+        elif not (self.folder / str(self.best)).exists():
+            return
+        else:
+            write(path, json.dumps({'iter': self.best, 'val_loss': float(self.best_loss)}))
+        self.noted = self.best
+
+    def restore(self, abstract, dataset=''):
         """(state, progress) of the latest checkpoint, with the shardings of `abstract`; None if
-        there is none yet. A damaged one is moved aside, and the one before it is taken. Raises
-        ValueError if all are damaged."""
+        there is none yet. A damaged one is moved aside, and the one before it is taken. On another
+        dataset the best loss starts anew. Raises ValueError if all are damaged, or the best is
+        missing."""
         steps = sorted(self.manager.all_steps())
+        self.noted = read_best(self.out_dir, steps)
         if not steps:
             return None
         while steps and jax.process_index() == 0 and (name := damage(self.folder / str(steps[-1]))):
@@ -191,9 +253,18 @@ class Checkpoints:
         found = self.manager.restore(step, args=ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract['params']),
             rest=ocp.args.StandardRestore(rest), progress=ocp.args.JsonRestore()))
-        self.best = found['progress']['best_iter']
+        progress = found['progress']
+        if dataset:
+            was = read_json(Path(self.out_dir, 'config.json'))['config'].get('dataset')
+            if progress.setdefault('best_dataset', was) != dataset:
+                print(f"warning: the best validation loss was on dataset = {progress['best_dataset']!r}; it "
+                      'starts anew')
+                progress |= NO_BEST | {'best_dataset': dataset}
+        if progress['best_iter'] not in steps:  # somebody deleted it, or it was damaged
+            progress |= NO_BEST
+        self.best, self.best_loss = progress['best_iter'], progress['best_val_loss']
         base = load_base(self.folder.parent, abstract['base'])
-        return {'params': found['params'], 'base': base, **found['rest']}, found['progress']
+        return {'params': found['params'], 'base': base, **found['rest']}, progress
 
     @contextlib.contextmanager
     def disk_errors(self):
@@ -237,7 +308,7 @@ def damage(checkpoint):
         noted, there = read_json(checkpoint / 'sha256.json'), file_sums(checkpoint)
     except (ValueError, OSError):
         return 'sha256.json'
-    return next((name for name in noted if there.get(name) != noted[name]), None)
+    return 'sha256.json' if not noted else next((name for name in noted if there.get(name) != noted[name]), None)
 
 
 def save_base(out_dir, base):
@@ -270,6 +341,9 @@ def open_model(source, checkpoint='best'):
     place() gives abstract parameters their shardings. Raises ValueError. A folder needs a
     meta.json, such as a dataset has, if its tokenizer is not GPT-2's."""
     folder = Path(source)
+    if source not in hf.GPT2 and (folder.suffix == '.pt' or (folder / 'ckpt.pt').exists()):
+        raise ValueError(f'init_from = {str(source)!r} is a checkpoint of nanoGPT: where PyTorch is, run python '
+                         f"data/from_nanogpt.py {folder if folder.suffix == '.pt' else folder / 'ckpt.pt'}")
     if source not in hf.GPT2 and not (folder / 'config.json').is_file():
         raise ValueError(f"init_from = {str(source)!r}: there is no {folder / 'config.json'}, and it is "
                          f"none of {', '.join(hf.GPT2)}")
@@ -294,17 +368,14 @@ def open_model(source, checkpoint='best'):
 def open_run(out_dir, checkpoint='best'):
     """open_model() for a run directory and its best or latest checkpoint. Adapters are merged into
     the weights. Raises ValueError if there is no checkpoint that can be read."""
-    out_dir = Path(out_dir).absolute()
-    meta = read_json(out_dir / 'config.json')
+    meta, out_dir = read_run(out_dir), Path(out_dir).absolute()
     config = GPTConfig(**meta['model_args'])
     checkpoints = out_dir / 'checkpoints'
     steps = ocp.utils.checkpoint_steps(checkpoints) if checkpoints.exists() else []
+    best = read_best(out_dir, steps) if checkpoint == 'best' else None
     if not steps:
         raise ValueError(f'{out_dir} holds no checkpoint yet')
-    step = max(steps)
-    if checkpoint == 'best' and (out_dir / 'best.json').exists():
-        best = read_json(out_dir / 'best.json')['iter']
-        step = best if best in steps else step
+    step = best if best in steps else max(steps)
     folder = checkpoints / str(step)
     if name := damage(folder):
         raise ValueError(f'{folder} is damaged ({name}); there are checkpoints {steps}, and '

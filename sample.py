@@ -8,7 +8,6 @@ Writes text with a model that train.py has trained, or with GPT-2.
 """
 import os
 import sys
-from dataclasses import replace
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # 'resume': the run in out_dir; 'gpt2', 'gpt2-medium', ..., or a path: a run or GPT-2's files
@@ -21,10 +20,11 @@ temperature = 0.8  # 1.0: as trained; below: less random; above: more random; 0.
 top_k = 200  # keep only the top_k likeliest tokens; 0: all
 top_p = 1.0  # then keep only the likeliest tokens that together reach this probability
 seed = 1337
-device = ''  # 'cpu', 'gpu' or 'tpu'; '': the best that JAX finds
+device = ''  # 'cpu', 'gpu', 'gpu:1' or 'tpu'; '': the best that JAX finds
 dtype = ''  # 'float32' or 'bfloat16'; '': as trained, but always float32 on a CPU
 compile_cache = True  # keep compiled programs in ~/.cache/nanogpt-jax: the next start is faster
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+_recipes_of = 'train.py'  # a recipe for it gives out_dir, device, dtype and seed
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 # -----------------------------------------------------------------------------
 
 check(num_samples=(1, 10**6), max_new_tokens=(1, 10**9), temperature=(0, 10**6), top_k=(0, 10**9),
@@ -33,8 +33,8 @@ if not 0 < top_p <= 1:
     fail(f'top_p = {top_p}: must be above 0 and at most 1')
 if checkpoint not in ('best', 'latest'):
     fail(f"checkpoint = {checkpoint!r}: must be 'best' or 'latest'")
-if init_from == 'resume' and not os.path.exists(os.path.join(out_dir, 'config.json')):
-    fail(f'out_dir = {out_dir!r} holds no run; train one with train.py')
+
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -43,9 +43,11 @@ from tqdm import tqdm
 from dataset import tokenizer
 from devices import count_cpus, find_devices, keep_compiled
 from model import build, stream
-from rundir import open_model
+from rundir import open_model, read_run
 
 with refuse(ValueError, OSError):
+    if init_from == 'resume':
+        read_run(out_dir)
     cpus = count_cpus(find_devices(device))
     if compile_cache:
         keep_compiled()
@@ -56,7 +58,7 @@ with refuse(ValueError, OSError):
 # encode the beginning of the prompt
 if start.startswith('FILE:'):
     try:
-        with refuse(OSError), open(start[5:], encoding='utf-8') as f:
+        with refuse(OSError), open(start[5:], encoding='utf-8-sig') as f:
             start = f.read()
     except UnicodeDecodeError:
         fail(f'{start[5:]}: not UTF-8 text')
@@ -65,8 +67,7 @@ with refuse(ValueError):
 if not prompt:
     fail('start is empty: give at least one character to go on from')
 if len(prompt) > config.block_size:
-    print(f'warning: the prompt has {len(prompt)} tokens, of which the model sees the last {config.block_size}',
-          file=sys.stderr)
+    warn(f'the prompt has {len(prompt)} tokens, of which the model sees the last {config.block_size}')
 
 # run generation: all samples at once, and a single one is printed as it is made
 with refuse(ValueError, OSError):

@@ -30,7 +30,7 @@ import model
 import ops
 import step
 from dataset import eval_starts, load_batch, micro_batches, tokenizer, train_starts
-from devices import best_dtype, make_mesh, side_by_side
+from devices import best_dtype, find_devices, make_mesh, side_by_side
 from model import GPT, GPTConfig, abstract_params, build, generate, num_params, sample_token, stream
 from rundir import Checkpoints, open_model
 from step import (abstract_state, batch_sharding, compile_eval, compile_step, estimate_mfu, eval_step, get_lr,
@@ -774,6 +774,18 @@ def test_bfloat16_trains_like_float32(mesh):
     assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(half[0]))
 
 
+@pytest.mark.parametrize('kind, platforms, gpus', [
+    ('cuda', 'cuda', None), ('gpu', 'cuda', None), ('cuda:0', 'cuda', '0'), ('gpu:3', 'cuda', '3'), ('mps', None, None),
+    ('cpu', 'cpu', None), ('', None, None), ('cuda:x', 'cuda:x', None)])
+def test_pytorchs_names_of_devices_are_understood(kind, platforms, gpus, monkeypatch, capsys):
+    set_to = {}
+    monkeypatch.setattr(jax, 'config', types.SimpleNamespace(update=set_to.__setitem__))
+    find_devices(kind)
+    wanted = {'jax_platforms': platforms, 'jax_cuda_visible_devices': gpus}
+    assert set_to == {name: value for name, value in wanted.items() if value}
+    assert ('no such device' in capsys.readouterr().err) == (kind == 'mps')
+
+
 @pytest.mark.parametrize('platform, cpu, dtype', [('gpu', '', 'bfloat16'),
                                                   ('cpu', 'flags : avx2 avx512_bf16 amx_tile', 'bfloat16'),
                                                   ('cpu', 'flags : avx2 fma', 'float32'), ('cpu', None, 'float32')])
@@ -980,6 +992,12 @@ def test_text_depends_on_the_key_and_not_on_how_it_is_chunked():
     whole = generate(tiny_model(), idx, 30, key=KEY)
     assert (whole == generate(tiny_model(), idx, 30, key=KEY, chunk=7)).all()
     assert (whole != generate(tiny_model(), idx, 30, key=jax.random.key(1))).any()
+
+
+def test_nanogpts_way_to_generate_is_here():
+    model, prompt = tiny_model(), tokens(2, 3)
+    text = model.generate(prompt, 10, 0.8, 5, seed=7)
+    assert (text == generate(model, prompt, 10, temperature=0.8, top_k=5, key=jax.random.key(7))).all()
 
 
 def test_text_stops_at_the_end_of_text():

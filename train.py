@@ -8,11 +8,8 @@ Trains a GPT on whatever devices JAX finds: a laptop's CPU, one GPU, eight, or a
     python train.py config/finetune_shakespeare.py --init_from=gpt2 --lora_rank=8      # finetune GPT-2
     python sample.py --out_dir=out-shakespeare-char
 """
-import math
 import os
 import sys
-from dataclasses import fields
-from functools import partial
 
 _here = os.path.dirname(os.path.abspath(__file__))
 # -----------------------------------------------------------------------------
@@ -59,7 +56,7 @@ min_lr = 6e-5  # should be about learning_rate / 10 (Chinchilla)
 # system
 overwrite = False  # start from scratch even if out_dir holds a run
 seed = 1337
-device = ''  # 'cpu', 'gpu' or 'tpu'; '': the best that JAX finds
+device = ''  # 'cpu', 'gpu', 'gpu:1' or 'tpu'; '': the best that JAX finds
 debug_nans = False  # stop at the operation that makes the first NaN, with a traceback; slow
 dtype = ''  # of matmuls: 'float32', 'bfloat16' or 'float16'; '': bfloat16, but float32 on older CPUs
 flash = True  # cuDNN's FlashAttention where it can be: on NVIDIA GPUs, in bfloat16, with dropout = 0.0
@@ -73,26 +70,40 @@ fsdp = False  # split parameters and optimizer state over the data axis, too
 coordinator = ''  # HOST:PORT of process 0, if there are several; '': Slurm, Open MPI or a TPU pod knows
 num_processes = 1
 process_id = 0
-exec(open(os.path.join(_here, 'configurator.py')).read())
+exec(open(os.path.join(_here, 'configurator.py'), encoding='utf-8').read())
 # -----------------------------------------------------------------------------
 # the rest of the imports: they take a second, and a typo is answered before that
+
+import math
+from dataclasses import fields
+from functools import partial
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from dataset import eval_starts, load_batch, micro_batches, open_dataset, padded, tokenizer, train_starts
+from dataset import (dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded,
+                     tokenizer, train_starts)
 from devices import (StopSignal, best_dtype, compile_for, count_cpus, find_devices, join_processes,
                      keep_compiled, make_mesh, memory_errors, only_process_0_prints, profiled,
                      side_by_side)
-from log import Log
+from log import Log, log_in_to_wandb, start_wandb
 from model import GPTConfig, build, generate, num_params
-from rundir import (Checkpoints, RunError, check_out_dir, clear_run, lock_out_dir, open_model,
-                    resume_config, save_base, save_best, save_config)
+from rundir import (NO_BEST, Checkpoints, RunError, check_out_dir, clear_run, lock_out_dir, open_model,
+                    resume_config, save_base, save_config)
 from step import (abstract_state, all_params, batch_sharding, compile_eval, compile_step,
                   estimate_mfu, eval_step, get_lr, lora_table, make_optimizer, place_on,
                   state_creator, train_step, with_flash)
 
+# a resumed run keeps its own settings, except for those that are given now
+with refuse(ValueError, OSError):
+    check_out_dir(out_dir, init_from, overwrite, eval_only)
+    if init_from == 'resume':
+        config, saved = resume_config(out_dir, config, given)
+        globals().update(config)
+    if wandb_log:
+        log_in_to_wandb()
+    dataset = config['dataset'] = dataset_name(dataset)
 check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6),
       sample_tokens=(0, 10**6), gradient_accumulation_steps=(1, 10**6), batch_size=(1, 10**6),
       learning_rate=(0, 10**3), max_iters=(0, 10**12), max_skipped=(1, 10**9),
@@ -100,16 +111,12 @@ check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6),
       warmup_iters=(0, 10**12), lr_decay_iters=(0, 10**12), min_lr=(0, 10**3), seed=(0, 2**32 - 1),
       mesh_data=(-1, 10**6), mesh_tensor=(1, 10**6), num_processes=(1, 10**6),
       process_id=(0, num_processes - 1))
-
-# a resumed run keeps its own settings, except for those that are given now
-with refuse(ValueError):
-    check_out_dir(out_dir, init_from, may_replace=overwrite or eval_only)
-    if init_from == 'resume':
-        config, saved = resume_config(out_dir, config, given)
-        globals().update(config)
-origin = saved['config']['init_from'] if init_from == 'resume' else init_from
+origin = saved['config'].get('init_from', 'scratch') if init_from == 'resume' else init_from
 if lora_rank and origin == 'scratch':
-    fail(f'lora_rank = {lora_rank}: adapters need a model to adapt, such as --init_from=gpt2')
+    warn(f'lora_rank = {lora_rank} on random weights shows how LoRA works, but adapters alone learn little')
+if decay_lr and (min_lr > learning_rate or warmup_iters > lr_decay_iters):
+    warn(f'the learning rate will not decay: min_lr = {min_lr}, learning_rate = {learning_rate}, '
+         f'warmup_iters = {warmup_iters}, lr_decay_iters = {lr_decay_iters}')
 
 # -----------------------------------------------------------------------------
 # devices: one mesh, whatever there is
@@ -137,7 +144,7 @@ with refuse(ValueError, OSError):
             if key in typed and config[key] != its and not crop:
                 fail(f'{key} = {config[key]}: {init_from} has {key} = {its}')
             globals()[key] = config[key] = config[key] if crop else its
-    data, meta = open_dataset(os.path.relpath(os.path.join(_here, 'data', dataset)), block_size)
+    data, meta = open_dataset(os.path.join(_here, 'data', dataset), block_size)
     # (G, B): an iteration has G micro-batches of B sequences; and the same for an evaluation
     n_data = mesh.shape['data']
     batch_shape = micro_batches(gradient_accumulation_steps * batch_size, batch_size, n_data)
@@ -204,7 +211,7 @@ with refuse(ValueError, OSError):
         if init_from != 'resume':
             clear_run(out_dir)
     checkpoints = Checkpoints(out_dir, read_only=eval_only)
-    found = checkpoints.restore(abstract) if init_from == 'resume' else None
+    found = checkpoints.restore(abstract, dataset) if init_from == 'resume' else None
     if found:
         print(f'Resuming training from {out_dir}', flush=True)
         state, progress = found
@@ -215,7 +222,7 @@ with refuse(ValueError, OSError):
         if init_from == 'resume' and not debug_nans:  # compiled as for a new run: the same, bit for bit
             create = compile_for(mesh, create.lower())
         state = create()
-        progress = dict(iter_num=0, best_val_loss=1e9, best_iter=None, wandb_id=None)
+        progress = dict(iter_num=0, wandb_id=None, **NO_BEST, best_dataset=dataset)
         if from_file:
             read_pretrained = read_pretrained if pretrained else open_model(origin)[2]
             state[from_file] = read_pretrained(block_size, place_on(mesh, fsdp))
@@ -231,14 +238,13 @@ def save():
 # -----------------------------------------------------------------------------
 # logging: terminal, log.csv, loss.png, wandb
 
-if not eval_only:
-    save_config(out_dir, config | {'init_from': origin}, model_args, meta)
 wandb_run = None
 if wandb_log and jax.process_index() == 0:
-    import wandb
-    wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id,
-                           resume='allow')
+    with refuse(ValueError):
+        wandb_run = start_wandb(wandb_project, wandb_run_name, config, wandb_id)
     wandb_id = wandb_run.id
+if not eval_only:
+    save_config(out_dir, config | {'init_from': origin}, model_args, meta)
 stop = StopSignal(mesh)
 mfu = lambda tokens_per_s: estimate_mfu(model_config, n_params, n_frozen, tokens_per_s, devices)
 log = Log(out_dir, iter_num, max_iters, log_interval, tokens_per_iter, mfu, max_skipped, stop,
@@ -296,7 +302,6 @@ with refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_er
                 if losses['val'] < best_val_loss and iter_num > 0:
                     best_val_loss, best_iter = losses['val'], iter_num
                     save()
-                    save_best(out_dir, best_iter, best_val_loss)
 
         # every step: forward, backward, update; while the devices work, log the step before
         starts = train_starts(data['train'], batch_shape, block_size, seed, iter_num)
@@ -304,6 +309,7 @@ with refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_er
         with profiled(iter_num - first_iter, os.path.join(out_dir, 'profile') if profile else None):
             state, metrics = step(state, tokens, lr, key)
         log.iteration(iter_num, lr, metrics)
+        checkpoints.note_best()
         iter_num += 1
         if stop.received():
             break

@@ -7,6 +7,7 @@ Reads input.txt in this folder or in data/shakespeare_char, and downloads it fir
 in neither. tiktoken downloads GPT-2's vocabulary once. Writes train.bin (uint16 ids of the first
 90% of the text), val.bin (the rest) and meta.json.
 """
+import argparse
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 here = Path(__file__).resolve().parent
 url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'

@@ -6,6 +6,7 @@ Tiny Shakespeare, character by character: nanoGPT's first dataset.
 Reads input.txt in this folder, and downloads it first (1 MB) if it is not there. Writes train.bin
 (uint16 ids of the first 90% of the text), val.bin (the rest) and meta.json.
 """
+import argparse
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 here = Path(__file__).resolve().parent
 url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'

@@ -9,6 +9,7 @@ tests, site-packages and files with characters outside ASCII, and indents the co
 train.bin and val.bin (uint16 ids) and meta.json in this folder. One file in ten, chosen by the hash
 of its name, goes to val.
 """
+import argparse
 import json
 import os
 import re
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 here = Path(__file__).resolve().parent
 stdlib = Path(sysconfig.get_paths()['stdlib'])

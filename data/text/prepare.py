@@ -30,14 +30,23 @@ parser.add_argument('--tokenizer', choices=['char', 'gpt2'], default='char',
 parser.add_argument('--name', default='text', help='write the dataset to data/NAME (text)')
 parser.add_argument('--val_fraction', type=float, default=0.1,
                     help='the share of the tokens, from the end, that goes to val (0.1)')
+parser.add_argument('--overwrite', action='store_true', help='replace a dataset that is in data/NAME')
 args = parser.parse_args()
 if not re.fullmatch(r'[\w.-]*\w', args.name):
     parser.error(f'--name={args.name}: use a plain folder name, such as my_notes')
 if not 0 < args.val_fraction < 1:
     parser.error(f'--val_fraction={args.val_fraction}: use a number between 0 and 1, such as 0.1')
 for path in args.files:
+    if path.is_dir():
+        parser.error(f'{path} is a folder: give its files, such as {path / "*.txt"}')
     if not path.is_file():
         parser.error(f'{path}: no such file')
+out = Path(__file__).resolve().parent.parent / args.name
+if args.name != 'text' and not args.overwrite:  # data/text is this script's own
+    if (out / 'prepare.py').exists():
+        parser.error(f'--name={args.name}: {out} has a prepare.py of its own; choose another name, or add --overwrite')
+    if (out / 'val.bin').exists():
+        parser.error(f'--name={args.name}: {out} holds a dataset; choose another name, or add --overwrite')
 
 
 def pieces_of(path, size=2**20):
@@ -98,7 +107,6 @@ else:
 
 # Write every file under a temporary name and rename val.bin last: a run that is interrupted never
 # leaves half a dataset that looks complete.
-out = Path(__file__).resolve().parent.parent / args.name
 out.mkdir(exist_ok=True)
 previous = None
 with open(out / 'train.bin.tmp', 'wb') as f:
