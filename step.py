@@ -290,6 +290,15 @@ def next_loss_scale(scale, age, finite):
     return jnp.where(finite, grown, jnp.maximum(scale / 2, 1))
 
 
+def update_if(finite, updated, old, config):
+    """updated(*old) if the gradient is finite, else the old values. CPUs take one of two branches:
+    to choose between values would keep both, 0.4 GB more for 124M parameters. Elsewhere choosing is
+    better: TPUs copy the arrays of a branch from one layout to another (0.86 of the cycles)."""
+    if config.cpus:
+        return jax.lax.cond(finite, updated, lambda *old: old, *old)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated(*old), old)
+
+
 @functools.partial(jax.jit, static_argnames=('config', 'tx', 'mesh', 'fsdp'),
                    donate_argnames='state')
 def train_step(state, tokens, lr, key, config, tx, mesh=None, fsdp=False):
@@ -304,12 +313,11 @@ def train_step(state, tokens, lr, key, config, tx, mesh=None, fsdp=False):
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    def update(params, opt_state):
+    def updated(params, opt_state):
         updates, opt_state = tx.update(grads, opt_state, params, norm=grad_norm)  # clips, too
         return jax.tree.map(lambda p, u: p - lr * u, params, updates), opt_state
 
-    # a branch: choosing between old and new values would keep both, 0.4 GB more for 124M parameters
-    params, opt_state = jax.lax.cond(finite, update, lambda *old: old, params, opt_state)
+    params, opt_state = update_if(finite, updated, (params, opt_state), config)
 
     age = jnp.where(finite, state['scale_age'] + 1, 0)
     if config.dtype == 'float16':
