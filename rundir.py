@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from dataclasses import fields, replace
 from importlib.metadata import version
@@ -156,7 +157,8 @@ def save_config(out_dir, config, model_args, meta):
 
 def read_best(out_dir, steps):
     """The iteration that best.json names; None if there is no such file. Raises ValueError if it is
-    damaged, or if there is no such checkpoint among `steps`: then files of the run are missing."""
+    damaged, or names a later checkpoint than all `steps` that are there: then files of the run are
+    missing. Where it names an earlier one, going on with the latest loses nothing more."""
     path = Path(out_dir, 'best.json')
     if not path.exists():
         return None
@@ -165,8 +167,10 @@ def read_best(out_dir, steps):
         raise ValueError(f'{path} is damaged: it names no checkpoint. Without it, the latest checkpoint is used')
     if best not in steps and not list(path.parent.glob(f'damaged-{best}-*')):
         rest = f'checkpoint {max(steps)} is used' if steps else 'the run starts again from the beginning'
-        raise ValueError(f'{path} names checkpoint {best}, which is not there: copy the run again, whole. '
-                         f'If it is lost, delete {path}: then {rest}')
+        if best > max(steps, default=-1):
+            raise ValueError(f'{path} names checkpoint {best}, which is not there: copy the run again, whole. '
+                             f'If it is lost, delete {path}: then {rest}')
+        print(f'warning: {path} names checkpoint {best}, which is not there: {rest}', file=sys.stderr)
     return best
 
 

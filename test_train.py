@@ -351,7 +351,7 @@ def test_wandb_logs_without_a_network(repo):
 def test_nothing_that_only_unix_has_is_needed(repo):
     """An interpreter without fcntl, resource, os.sysconf, SIGHUP and SIGPIPE, as on Windows."""
     (repo / 'no-unix').mkdir()
-    (repo / 'no-unix/sitecustomize.py').write_text("import os, psutil, signal, sys\n"  # psutil knows Windows
+    (repo / 'no-unix/sitecustomize.py').write_text("import asyncio, os, psutil, signal, sys\n"  # which know Windows
                                                    "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
                                                    "del os.sysconf, signal.SIGHUP, signal.SIGPIPE\n")
     env = dict(PYTHONPATH=str(repo / 'no-unix'), PYTHONWARNINGS='ignore')
