@@ -49,7 +49,10 @@ from model import (GPTConfig, decode, decoding_params, flops_per_token, init_par
 from step import (abstract_state, batch_sharding, compile_step, estimate_mfu, lower_step,
                   make_optimizer, state_creator)
 
-tx = make_optimizer(beta1, beta2, weight_decay, grad_clip)
+
+def optimizer_for(config):
+    with refuse(ValueError):
+        return make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer, config.dtype)
 
 
 def dataset_or_none():
@@ -108,6 +111,7 @@ def train():
     devices = find_devices(device)
     config = model_config(dtype=dtype or best_dtype(devices), cpus=count_cpus(devices))
     mesh, shape = mesh_and_shape(devices, mesh_data, mesh_tensor)
+    tx = optimizer_for(config)
     abstract = abstract_state(config, tx, mesh, fsdp)
     compile_times = []
     folder = tempfile.TemporaryDirectory()  # a compilation cache of its own: at first it is empty
@@ -241,6 +245,7 @@ def comm():
     mesh, shape = mesh_and_shape(devices, D, mesh_tensor)
     # float32, as activations are on any CPU: in bfloat16 the tensor axis sends half
     config = model_config(flash=False, dtype='float32', cpus=D * mesh_tensor)
+    tx = optimizer_for(config)
     abstract = abstract_state(config, tx, mesh, fsdp)
     step = lower_step(abstract, shape, mesh, config, tx, fsdp).compile()
 
