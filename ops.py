@@ -142,38 +142,29 @@ def layer_norm(x, w, b=None):
     return (y if b is None else y + b).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_normalize(x, w, eps):
-    """w * x / sqrt(mean(x^2) + eps) over the last dimension: x (N, C), w (C,)."""
-    return rms_normalize_forward(x, w, eps)[0]
+@jax.custom_vjp
+def rms_norm(x, w):
+    """w * x / sqrt(mean(x^2) + 1e-6) in float32, over the last dimension: x (..., C), w (C,). Unlike
+    layer_norm(), it does not flatten x: where heads are on several devices, that would gather them."""
+    return rms_norm_forward(x, w)[0]
 
 
-def rms_normalize_forward(x, w, eps):
-    rstd = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
-    return x * rstd * w, (x * rstd, rstd, w)
+def rms_norm_forward(x, w):
+    x, result = x.astype(jnp.float32), x.dtype
+    rstd = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+    return (x * rstd * w).astype(result), (x * rstd, rstd, w)
 
 
-def rms_normalize_backward(eps, saved, dy):
+def rms_norm_backward(saved, dy):
     """As normalize_backward(), but nothing comes from the mean of x."""
     y, rstd, w = saved
+    dy, result = dy.astype(jnp.float32), dy.dtype
     dy_y = barrier(dy * y)
-    mean = (jnp.dot(dy_y, w, precision='highest') / len(w))[:, None]
-    return rstd * (dy * w - y * mean), dy_y.sum(0)
+    mean = (jnp.dot(dy_y, w, precision='highest') / len(w))[..., None]
+    return (rstd * (dy * w - y * mean)).astype(result), dy_y.sum([*range(dy.ndim - 1)])
 
 
-rms_normalize.defvjp(rms_normalize_forward, rms_normalize_backward)
-
-
-def rms_norm(x, w, eps=1e-6):
-    """w * x / sqrt(mean(x^2) + eps) in float32, over the last dimension: x (..., C), w (C,)."""
-    y = rms_normalize(x.astype(jnp.float32).reshape(-1, len(w)), w, eps)
-    return y.reshape(x.shape).astype(x.dtype)
-
-
-@jax.checkpoint  # compute tanh again in the backward pass: a step needs 0.88 of the memory
-def gelu(x):
-    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), GPT-2's form."""
-    return jax.nn.gelu(x, approximate=True)
+rms_norm.defvjp(rms_norm_forward, rms_norm_backward)
 
 
 @jax.custom_vjp
