@@ -212,7 +212,9 @@ def collectives(hlo):
             found[name], calls[name] = [], []
             entry = name if m[1] else entry
         trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        for callee in re.findall(r'(?:body|to_apply|calls)=%?([\w.-]+)', line):
+        branches = re.search(r'branch_computations=\{(.*?)\}', line)  # the update is in one
+        for callee in (re.findall(r'(?:body|to_apply|calls)=%?([\w.-]+)', line)
+                       + re.findall(r'[\w.-]+', branches[1] if branches else '')):
             calls[name].append((callee, int(trips[1]) if trips else 1))
         if m := re.search(rf'= (.*?) ({KINDS})(?:-start)?\(.*?replica_groups=(\S+)', line):
             if m[3][0] == '[':  # [groups,size]<=[...]

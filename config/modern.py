@@ -7,7 +7,7 @@ optimizer = 'muon'  # for the matrices of the blocks; AdamW for the rest
 bias = False
 
 # one learning rate for both; wider models want a lower one
-learning_rate = 8e-3 * (128 / n_embd)
+learning_rate = 6e-3 * (128 / n_embd)
 decay_lr = True
 min_lr = 0.0
 warmup_iters = warmup_iters // 3

@@ -21,7 +21,7 @@ n_embd = 128
 dropout = 0.0
 
 optimizer = 'muon'
-learning_rate = 8e-3
+learning_rate = 6e-3
 max_iters = 1500  # 3.1M characters, about three epochs
 lr_decay_iters = 1500
 min_lr = 0.0
