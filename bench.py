@@ -60,7 +60,10 @@ from model import (GPTConfig, decode, decoding_params, flops_per_token, init_par
 from step import (abstract_state, batch_sharding, compile_step, estimate_mfu, lower_step,
                   make_optimizer, state_creator, with_flash)
 
-tx = make_optimizer(beta1, beta2, weight_decay, grad_clip)
+
+def optimizer_for(config):
+    with refuse(ValueError):
+        return make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer, config.dtype)
 
 
 def dataset_or_none():
@@ -123,6 +126,7 @@ def train():
     devices = find_devices(device)
     config = model_config(devices)
     mesh, shape = mesh_and_shape(devices, mesh_data, mesh_tensor)
+    tx = optimizer_for(config)
     abstract = abstract_state(config, tx, mesh, fsdp)
     compile_times = []
     folder = tempfile.TemporaryDirectory()  # a compilation cache of its own: at first it is empty
@@ -236,6 +240,7 @@ def comm():
     devices = find_devices('cpu')
     mesh, shape = mesh_and_shape(devices, D, mesh_tensor)
     config = model_config(devices, dtype=dtype or 'bfloat16')
+    tx = optimizer_for(config)
     abstract = abstract_state(config, tx, mesh, fsdp)
     step = lower_step(abstract, shape, mesh, config, tx, fsdp).compile()
     with refuse(UnknownText):
@@ -261,6 +266,7 @@ def compile_for_chips():
     memory, clock, link = CHIPS[chip]
     mesh, shape = mesh_and_shape(devices, mesh_data, mesh_tensor)
     config = model_config(devices)
+    tx = optimizer_for(config)
     abstract = abstract_state(config, tx, mesh, fsdp)
 
     def compile(batch):

@@ -1,5 +1,6 @@
 """
-Writes a model that train.py has trained as a Hugging Face directory, which transformers, vLLM and lm-eval load.
+Writes a model that train.py has trained as a Hugging Face directory, which transformers, vLLM and lm-eval load: a
+GPT-2, or a Qwen3 for arch = 'qwen3'.
 
     python export.py --out_dir=out-shakespeare --hf_dir=hf-shakespeare
 
@@ -37,7 +38,7 @@ with refuse(ValueError, OSError):
     find_devices('cpu')
     config, meta, read = open_model(out_dir, checkpoint)
     files = hf.export_files(config, meta, dtype)
-    tensors = hf.gpt2_tensors(read(), meta['vocab_size'], config.bias, dtype)
+    tensors = hf.file_tensors(read(), config, meta['vocab_size'], dtype)
     hf.write_directory(hf_dir, files, tensors)
 print(f'{hf_dir}: {sum(x.size for x in tensors.values()):,} parameters in {dtype}, '
       f'{sum(x.nbytes for x in tensors.values()) / 1e6:.1f} MB, {meta["vocab_size"]:,} tokens')

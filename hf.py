@@ -35,31 +35,52 @@ def download_gpt2(name):
                      f'https://huggingface.co/{repo}/tree/main into a folder and give its path instead')
 
 
+# how Hugging Face's files call the fields of a GPTConfig
+NAMES = {
+    'gpt2': {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer', 'n_head': 'n_head',
+             'n_embd': 'n_embd', 'n_inner': 'n_inner', 'bias': 'bias'},
+    'qwen3': {'block_size': 'max_position_embeddings', 'vocab_size': 'vocab_size', 'n_layer': 'num_hidden_layers',
+              'n_head': 'num_attention_heads', 'n_embd': 'hidden_size', 'n_inner': 'intermediate_size',
+              'rope_theta': 'rope_theta'}}
+
+
 def read_config(folder):
     """The fields of a GPTConfig, a dict, from a folder's config.json. Raises ValueError if it
     describes something that our GPT does not do."""
     path = folder / 'config.json'
     hf = read_json(path)
+    arch = hf.get('model_type', 'gpt2')
+    if arch not in NAMES:
+        raise ValueError(f'{path}: model_type = {arch!r}: this GPT has {" and ".join(NAMES)} only')
+    rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # a newer and an older spelling
+    hf = hf | rope if arch == 'qwen3' else {'bias': True} | hf | {'n_inner': hf.get('n_inner') or 0}
     try:
-        fields = {'block_size': hf['n_positions'], 'bias': hf.get('bias', True)}
-        fields |= {key: hf[key] for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
+        fields = {ours: hf[its] for ours, its in NAMES[arch].items()}
     except KeyError as e:
-        raise ValueError(f'{path} lacks {e}, which GPT-2 has') from None
+        raise ValueError(f'{path} lacks {e}, which {arch} has') from None
     for key, value in fields.items():
-        if type(value) is not (bool if key == 'bias' else int):
-            raise ValueError(f'{path}: {key} = {value!r} is not a number')
-    ours = {'model_type': ['gpt2'], 'activation_function': ['gelu_new', 'gelu_pytorch_tanh'],
-            'layer_norm_epsilon': [1e-5], 'n_inner': [None, 4 * fields['n_embd']],
-            'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
-            'add_cross_attention': [False], 'tie_word_embeddings': [True], 'quantization_config': [None]}
+        if type(value) not in {'bias': [bool], 'rope_theta': [int, float]}.get(key, [int]):
+            raise ValueError(f'{path}: {NAMES[arch][key]} = {value!r} is not a number')
+    ours = {'tie_word_embeddings': [True], 'quantization_config': [None]}
+    if arch == 'gpt2':
+        ours |= {'activation_function': ['gelu_new', 'gelu_pytorch_tanh'], 'layer_norm_epsilon': [1e-5],
+                 'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
+                 'add_cross_attention': [False]}
+    else:  # what a file leaves out has Qwen3's own default
+        hf = {'tie_word_embeddings': False, 'num_key_value_heads': 32, 'head_dim': 128} | hf
+        ours |= {'hidden_act': ['silu'], 'rms_norm_eps': [1e-6], 'attention_bias': [False],
+                 'num_key_value_heads': [fields['n_head']], 'use_sliding_window': [False],
+                 'head_dim': [fields['n_embd'] // max(fields['n_head'], 1)],
+                 'rope_type': ['default'], 'type': ['default']}
+        fields['rope_theta'] = float(fields['rope_theta'])
     for key, values in ours.items():
         if (value := hf.get(key, values[0])) not in values:
             raise ValueError(f'{path}: {key} = {value!r}: this GPT has {values[0]!r} only')
-    return fields
+    return {'arch': arch} | fields
 
 
-def open_gpt2(name_or_directory):
-    """(fields, tensors) of one of GPT2 or of a directory in its format: the fields of its
+def open_pretrained(name_or_directory):
+    """(fields, tensors) of one of GPT2 or of a directory with a GPT-2 or a Qwen3: the fields of its
     GPTConfig, and tensors by name, which are read only where they are sliced. Raises ValueError if
     files are missing or damaged."""
     from safetensors import SafetensorError, safe_open
@@ -77,7 +98,7 @@ def open_gpt2(name_or_directory):
             raise ValueError(
                 f'{folder} has its weights in a pickle, which is never loaded; convert it where transformers '
                 'is: python -c "from transformers import *; '
-                f'GPT2LMHeadModel.from_pretrained(\'{folder}\').save_pretrained(\'{folder}\')"')
+                f'AutoModelForCausalLM.from_pretrained(\'{folder}\').save_pretrained(\'{folder}\')"')
         raise ValueError(f'{folder} lacks {missing}')
     tensors = {}
     for file in files:
@@ -86,50 +107,70 @@ def open_gpt2(name_or_directory):
         except SafetensorError as e:
             raise ValueError(f'{folder / file} is damaged ({e})') from None
         for key in opened.keys():
-            tensors[key.removeprefix('transformer.')] = opened.get_slice(key)
+            tensors[key.removeprefix('transformer.').removeprefix('model.')] = opened.get_slice(key)
     return fields, tensors
 
 
-def tensor_name(path):
-    """'h.0.attn.c_attn.weight' for ('h', 0, 'attn', 'c_attn', 'weight')."""
-    return '.'.join(map(str, path))
+# which tensors of a Qwen3 a parameter of ours is
+QWEN3 = {'wte': ['embed_tokens'], 'ln_f': ['norm'], 'ln_1': ['input_layernorm'],
+         'ln_2': ['post_attention_layernorm'], 'attn.q_norm': ['self_attn.q_norm'],
+         'attn.k_norm': ['self_attn.k_norm'], 'attn.c_proj': ['self_attn.o_proj'],
+         'attn.c_attn': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
+         'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'], 'mlp.c_proj': ['mlp.down_proj']}
 
 
-def file_shape(name, shape):
-    """The shape of an array in GPT-2's files: c_attn is (C, 3C) there and (C, 3, C) here."""
-    return [*shape[:-2], shape[-2] * shape[-1]] if '.c_attn.' in name else [*shape]
+def in_file(path, shape, arch):
+    """Where a file has the parameter at `path`, such as ('h', 0, 'attn', 'c_attn', 'weight'): names
+    and shapes. GPT-2 has c_attn (C, 3, C) as (C, 3C). Qwen3 has it as three tensors, and matrices
+    (in, out) as (out, in)."""
+    name = '.'.join(map(str, path))
+    if arch == 'gpt2':
+        return {name: [*shape[:-2], shape[-2] * shape[-1]] if '.c_attn.' in name else [*shape]}
+    layer = f'layers.{path[1]}.' if path[0] == 'h' else ''
+    names = QWEN3['.'.join(path[2:-1] if layer else path[:-1])]
+    shape = [shape[-1], shape[0]] if layer and len(shape) > 1 else [*shape]
+    return {f'{layer}{name}.weight': shape for name in names}
 
 
 def check_tensors(tensors, wanted, fields, source):
     """Raises ValueError unless `tensors` are just the abstract parameters `wanted`."""
-    wanted = {tensor_name(path): x for path, x in flatten_mapping(wanted).items()}
-    for name, x in wanted.items():
+    wanted = [in_file(path, x.shape, fields['arch']) for path, x in flatten_mapping(wanted).items()]
+    wanted = {name: shape for names in wanted for name, shape in names.items()}
+    for name, shape in wanted.items():
         if name not in tensors:
             raise ValueError(f'{source} lacks the tensor {name}')
-        if (found := tensors[name].get_shape()) != (shape := file_shape(name, x.shape)):
+        if (found := tensors[name].get_shape()) != shape:
             raise ValueError(f'{source}: the tensor {name} is {found}, and with its config.json should '
                              f'be {shape}')
     for name in sorted(tensors.keys() - wanted.keys()):
         # old files also hold the causal mask and the output layer, which is tied; export.py writes
         # zero biases
-        zero = name.endswith('.bias') and not fields['bias'] and not np.any(tensors[name][:])
+        zero = name.endswith('.bias') and not fields.get('bias') and not np.any(tensors[name][:])
         old = name == 'lm_head.weight' or name.endswith(('.attn.bias', '.attn.masked_bias'))
         if not (zero or old):
             raise ValueError(f'{source} has a tensor that is not of this model: {name}')
 
 
-def read_params(tensors, wanted):
+def read_params(tensors, wanted, arch='gpt2'):
     """The abstract parameters `wanted`, filled from tensors slice by slice: each device reads its
     own part. They may want fewer positions than there are. Raises ValueError if they want more."""
     def read(path, x):
-        tensor = tensors[name := tensor_name(p.key for p in path)]
-        shape = tensor.get_shape()
-        if name == 'wpe.weight' and len(x) > shape[0]:
+        names = in_file(path := [p.key for p in path], x.shape, arch)
+        parts = [tensors[name] for name in names]
+        shape = parts[0].get_shape()
+        if path[0] == 'wpe' and len(x) > shape[0]:
             raise ValueError(f'block_size = {len(x)}: the pretrained model has {shape[0]} positions')
 
         def part(index):
             index = tuple(slice(*s.indices(n)) for s, n in zip(index, x.shape))
-            part = tensor[index] if len(shape) == x.ndim else tensor[:].reshape(x.shape)[index]
+            if arch == 'qwen3' and x.ndim == 3:
+                part = np.stack([matrix[index[2], index[0]].T for matrix in parts[index[1]]], 1)
+            elif arch == 'qwen3' and path[0] == 'h' and x.ndim == 2:
+                part = parts[0][index[::-1]].T
+            elif len(shape) == x.ndim:
+                part = parts[0][index]
+            else:
+                part = parts[0][:].reshape(x.shape)[index]
             return np.asarray(part, np.float32)
 
         sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -184,30 +225,53 @@ def tokenizer_json(kind, chars='', name=''):
     return result | {'added_tokens': [added], 'model': bpe}, end
 
 
-def gpt2_tensors(params, vocab_size, bias, dtype):
-    """Parameters as the tensors of a GPT2LMHeadModel: without the rows that pad the vocabulary, and
-    with biases of zero where our model has none."""
-    tensors = {}
+def file_tensors(params, config, vocab_size, dtype):
+    """Parameters as the tensors of a GPT2LMHeadModel or a Qwen3ForCausalLM: without the rows that
+    pad the vocabulary. GPT-2 gets biases of zero where our model has none."""
+    tensors, arch = {}, config.arch
     for path, x in flatten_mapping(params).items():
-        name = tensor_name(path)
-        x = np.asarray(x)[:vocab_size if name == 'wte.weight' else None]
-        x = x.reshape(file_shape(name, x.shape)).astype(jax.numpy.dtype(dtype), copy=False)
-        tensors[name] = x
-        if not bias and name not in ('wte.weight', 'wpe.weight'):
-            tensors[name.replace('weight', 'bias')] = np.zeros(x.shape[-1:], x.dtype)
-    return {f'transformer.{name}': x for name, x in tensors.items()}
+        x = np.asarray(x)[:vocab_size if path[0] == 'wte' else None].astype(jax.numpy.dtype(dtype), copy=False)
+        names = in_file(path, x.shape, arch)
+        for i, (name, shape) in enumerate(names.items()):
+            part = x[:, i] if len(names) > 1 else x
+            transposed = arch == 'qwen3' and path[0] == 'h' and part.ndim == 2
+            tensors[name] = np.ascontiguousarray(part.T if transposed else part.reshape(shape))
+        if arch == 'gpt2' and not config.bias and path[0] not in ('wte', 'wpe'):
+            tensors[name.replace('weight', 'bias')] = np.zeros(shape[-1:], x.dtype)
+    prefix = {'gpt2': 'transformer', 'qwen3': 'model'}[arch]
+    return {f'{prefix}.{name}': x for name, x in tensors.items()}
+
+
+def gpt2_config(config):
+    """What the config.json of a GPT2LMHeadModel says about a GPTConfig."""
+    return {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2',
+            'n_positions': config.block_size, 'n_ctx': config.block_size, 'n_embd': config.n_embd,
+            'n_layer': config.n_layer, 'n_head': config.n_head, 'n_inner': config.n_inner or None,
+            'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'resid_pdrop': config.dropout,
+            'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout, 'bias': config.bias}  # for read_config()
+
+
+def qwen3_config(config):
+    """The same for a Qwen3ForCausalLM. Its own defaults are other ones, so all fields are there, and
+    rope's theta is in its newer and its older place."""
+    rope = {'rope_type': 'default', 'rope_theta': config.rope_theta}
+    return {'architectures': ['Qwen3ForCausalLM'], 'model_type': 'qwen3',
+            'max_position_embeddings': config.block_size, 'hidden_size': config.n_embd,
+            'num_hidden_layers': config.n_layer, 'num_attention_heads': config.n_head,
+            'num_key_value_heads': config.n_head, 'head_dim': config.n_embd // config.n_head,
+            'intermediate_size': config.mlp_width, 'hidden_act': 'silu', 'rms_norm_eps': 1e-6,
+            'rope_parameters': rope, 'rope_theta': config.rope_theta, 'rope_scaling': None,
+            'attention_bias': False, 'attention_dropout': 0.0, 'use_sliding_window': False,
+            'sliding_window': None, 'max_window_layers': config.n_layer,
+            'layer_types': ['full_attention'] * config.n_layer, 'initializer_range': 0.02, 'use_cache': True}
 
 
 def export_files(config, meta, dtype):
     """The JSON files of an export, by name, for a GPTConfig and the meta of its dataset."""
     tokens, end = tokenizer_json(**meta['tokenizer'])
     special = {'bos_token_id': (eos := tokens['model']['vocab'].get(end)), 'eos_token_id': eos}
-    hf = {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'vocab_size': meta['vocab_size'],
-          'n_positions': config.block_size, 'n_ctx': config.block_size, 'n_embd': config.n_embd,
-          'n_layer': config.n_layer, 'n_head': config.n_head, 'activation_function': 'gelu_new',
-          'layer_norm_epsilon': 1e-5, 'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout,
-          'attn_pdrop': config.dropout, 'tie_word_embeddings': True, 'torch_dtype': dtype,
-          'bias': config.bias, **special}  # `bias` is for read_config()
+    of_model = {'gpt2': gpt2_config, 'qwen3': qwen3_config}[config.arch](config)
+    hf = of_model | {'vocab_size': meta['vocab_size'], 'tie_word_embeddings': True, 'torch_dtype': dtype, **special}
     # without model_input_names, transformers 4 also makes token types, whose embeddings GPT-2 adds
     # to the text's
     tokenizer = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': config.block_size,

@@ -7,6 +7,7 @@ hs = C // nh, V = vocab_size; S is the length of the key-value cache.
 References:
 1) nanoGPT's model.py: https://github.com/karpathy/nanoGPT/blob/master/model.py
 2) OpenAI's GPT-2: https://github.com/openai/gpt-2/blob/master/src/model.py
+3) the Qwen3 technical report: https://arxiv.org/abs/2505.09388
 """
 import functools
 import math
@@ -26,6 +27,9 @@ class GPTConfig:
     n_layer: int
     n_head: int
     n_embd: int
+    arch: str = 'gpt2'  # the block: 'gpt2', or 'qwen3', which learns more from every token
+    n_inner: int = 0  # width of the MLP; 0: 4 n_embd in gpt2, about 8/3 n_embd in qwen3
+    rope_theta: float = 10000.0  # qwen3: a higher one turns rotary positions more slowly
     dropout: float = 0.0
     bias: bool = False  # biases in Linears and LayerNorms, like GPT-2; False: a bit better and faster
     dtype: str = 'float32'  # matrices are multiplied in it; parameters, norms and loss are float32
@@ -39,6 +43,11 @@ class GPTConfig:
     @property
     def one_cpu(self):
         return self.cpus == 1
+
+    @property
+    def mlp_width(self):
+        swiglu = -(-8 * self.n_embd // 96) * 32  # 8/3 n_embd, rounded up to a multiple of 32
+        return self.n_inner or {'gpt2': 4 * self.n_embd, 'qwen3': swiglu}[self.arch]
 
     @property
     def activation_dtype(self):
@@ -63,6 +72,15 @@ class GPTConfig:
             raise ValueError(f'n_layer = {self.n_layer}: must be at most 1000')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}')
+        if self.arch not in ('gpt2', 'qwen3'):
+            raise ValueError(f"arch = {self.arch!r}: must be 'gpt2' or 'qwen3'")
+        head_size = self.n_embd // self.n_head
+        if self.arch == 'qwen3' and (self.bias or head_size % 2):
+            raise ValueError(f"bias = {self.bias}, n_embd / n_head = {head_size}: arch = 'qwen3' has no "
+                             'biases, and turns the channels of a head in pairs')
+        if self.n_inner < 0 or self.rope_theta < 1:
+            raise ValueError(f'n_inner = {self.n_inner}, rope_theta = {self.rope_theta}: must be at least 0 '
+                             'and at least 1')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout = {self.dropout}: must be at least 0 and below 1')
         if self.dtype not in ('float32', 'bfloat16', 'float16'):
@@ -103,6 +121,16 @@ class LayerNorm(nnx.Module):
         return ops.layer_norm(x, self.weight[...], None if self.bias is None else self.bias[...])
 
 
+class RMSNorm(nnx.Module):
+    """LayerNorm without mean and bias, over n channels: qwen3's."""
+
+    def __init__(self, config, rngs, n=None):
+        self.weight = nnx.Param(init_table(config)['scale'](rngs.params(), (n or config.n_embd,)))
+
+    def __call__(self, x):
+        return ops.rms_norm(x, self.weight[...])
+
+
 class Linear(nnx.Module):
     """x @ weight + bias, (..., in) to (..., *out). The weight is (in, *out), as in GPT-2's own
     files. With LoRA, x @ A @ B is added, where A is (in, rank) and B is (rank, *out)."""
@@ -131,12 +159,17 @@ class CausalSelfAttention(nnx.Module):
         C = config.n_embd
         self.c_attn = Linear((C, 3, C), config, rngs)  # query, key and value for all heads
         self.c_proj = Linear((C, C), config, rngs, 'residual')
+        if config.arch == 'qwen3':
+            self.q_norm = RMSNorm(config, rngs, C // config.n_head)
+            self.k_norm = RMSNorm(config, rngs, C // config.n_head)
 
-    def __call__(self, x, key=None, cache=None, pos=0):
+    def __call__(self, x, key=None, cache=None, pos=0, angles=None):
         config, (B, T, C) = self.config, x.shape
         attn_key, resid_key = ops.split_key(key, 2)
         qkv = self.c_attn(x).reshape(B, T, 3, config.n_head, C // config.n_head)
         q, k, v = (a[0] for a in jnp.split(qkv.transpose(2, 0, 3, 1, 4), 3))  # (B, nh, T, hs) each
+        if config.arch == 'qwen3':
+            q, k = ops.rotate(self.q_norm(q), angles), ops.rotate(self.k_norm(k), angles)
         if cache is not None:
             y, (k, v) = ops.attention_to_cache(q, k, v, cache, pos)
         elif config.flash:
@@ -152,24 +185,41 @@ class MLP(nnx.Module):
     def __init__(self, config, rngs):
         self.config = config
         C = config.n_embd
-        self.c_fc = Linear((C, 4 * C), config, rngs)
-        self.c_proj = Linear((4 * C, C), config, rngs, 'residual')
+        self.c_fc = Linear((C, config.mlp_width), config, rngs)
+        self.c_proj = Linear((config.mlp_width, C), config, rngs, 'residual')
 
     def __call__(self, x, key=None):
         x = ops.gelu(self.c_fc(x))
         return ops.dropout(self.c_proj(x), self.config.dropout, key)
 
 
+class SwiGLU(nnx.Module):
+    """qwen3's MLP: two matrices side by side, of which one is a gate for the other."""
+
+    def __init__(self, config, rngs):
+        self.config = config
+        C = config.n_embd
+        self.c_fc = Linear((C, 2, config.mlp_width), config, rngs)  # gate and up
+        self.c_proj = Linear((config.mlp_width, C), config, rngs, 'residual')
+
+    def __call__(self, x, key=None):
+        x = ops.swiglu(self.c_fc(x))
+        return ops.dropout(self.c_proj(x), self.config.dropout, key)
+
+
+NORM, FEED_FORWARD = {'gpt2': LayerNorm, 'qwen3': RMSNorm}, {'gpt2': MLP, 'qwen3': SwiGLU}
+
+
 class Block(nnx.Module):
     def __init__(self, config, rngs):
-        self.ln_1 = LayerNorm(config, rngs)
+        self.ln_1 = NORM[config.arch](config, rngs)
         self.attn = CausalSelfAttention(config, rngs)
-        self.ln_2 = LayerNorm(config, rngs)
-        self.mlp = MLP(config, rngs)
+        self.ln_2 = NORM[config.arch](config, rngs)
+        self.mlp = FEED_FORWARD[config.arch](config, rngs)
 
-    def __call__(self, x, key=None, cache=None, pos=0):
+    def __call__(self, x, key=None, cache=None, pos=0, angles=None):
         attn_key, mlp_key = ops.split_key(key, 2)
-        y, cache = self.attn(self.ln_1(x), attn_key, cache, pos)
+        y, cache = self.attn(self.ln_1(x), attn_key, cache, pos, angles)
         x = x + y
         x = x + self.mlp(self.ln_2(x), mlp_key)
         return x, cache
@@ -184,9 +234,10 @@ class GPT(nnx.Module):
     def __init__(self, config, *, rngs):
         self.config = config
         self.wte = Embedding(config.vocab_size, config, rngs)  # tokens; tied: also the output layer
-        self.wpe = Embedding(config.block_size, config, rngs)  # positions
+        if config.arch == 'gpt2':
+            self.wpe = Embedding(config.block_size, config, rngs)  # positions
         self.h = nnx.List([Block(config, rngs) for _ in range(config.n_layer)])
-        self.ln_f = LayerNorm(config, rngs)
+        self.ln_f = NORM[config.arch](config, rngs)
 
     def features(self, idx, key=None, cache=None, pos=0):
         """What the last block computes for the tokens idx (B, T), normalized: (B, T, C). And the
@@ -197,12 +248,16 @@ class GPT(nnx.Module):
         too."""
         config, T = self.config, idx.shape[1]
         keys = ops.split_key(key, 1 + config.n_layer)
-        x = self.wte.weight[...][idx] + jax.lax.dynamic_slice_in_dim(self.wpe.weight[...], pos, T)
+        x, angles = self.wte.weight[...][idx], None
+        if config.arch == 'gpt2':
+            x += jax.lax.dynamic_slice_in_dim(self.wpe.weight[...], pos, T)
+        else:
+            angles = ops.rotary_angles(pos, T, config.n_embd // config.n_head, config.rope_theta)
         x = ops.dropout(x.astype(config.activation_dtype), config.dropout, keys[0])
         new_cache = []
         for i, block in enumerate(self.h):
             block = jax.checkpoint(block) if config.remat and cache is None else block
-            x, layer_cache = block(x, keys[1 + i], cache and cache[i], pos)
+            x, layer_cache = block(x, keys[1 + i], cache and cache[i], pos, angles)
             new_cache.append(layer_cache)
         return self.ln_f(x), new_cache
 
@@ -236,13 +291,14 @@ class GPT(nnx.Module):
     @classmethod
     def from_pretrained(cls, name_or_directory, **changes):
         """GPT-2 from Hugging Face: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a directory
-        in that format. `changes` go into its GPTConfig: dropout, dtype, or a smaller block_size.
-        Raises ValueError. For a run directory there is load_model() in rundir.py."""
+        with a GPT-2 or a Qwen3 in that format. `changes` go into its GPTConfig: dropout, dtype, or a
+        smaller block_size. Raises ValueError. For a run directory there is load_model() in
+        rundir.py."""
         import hf
-        fields, tensors = hf.open_gpt2(name_or_directory)
+        fields, tensors = hf.open_pretrained(name_or_directory)
         hf.check_tensors(tensors, abstract_params(GPTConfig(**fields)), fields, name_or_directory)
         config = GPTConfig(**fields | changes)
-        return build(config, hf.read_params(tensors, abstract_params(config)))
+        return build(config, hf.read_params(tensors, abstract_params(config), config.arch))
 
 
 # -----------------------------------------------------------------------------
@@ -273,7 +329,8 @@ def build(config, params):
 
 def num_params(params):
     """The number of parameters without position embeddings, as nanoGPT counts them."""
-    return sum(x.size for x in jax.tree.leaves(params)) - params['wpe']['weight'].size
+    positions = params['wpe']['weight'].size if 'wpe' in params else 0
+    return sum(x.size for x in jax.tree.leaves(params)) - positions
 
 
 def flops_per_token(config, n_params, n_frozen=0):

@@ -143,10 +143,57 @@ def layer_norm(x, w, b=None):
     return (y if b is None else y + b).astype(x.dtype)
 
 
+@jax.custom_vjp
+def rms_norm(x, w):
+    """w * x / sqrt(mean(x^2) + 1e-6) in float32, over the last dimension: x (..., C), w (C,). Unlike
+    layer_norm(), it does not flatten x: where heads are on several devices, that would gather them."""
+    return rms_norm_forward(x, w)[0]
+
+
+def rms_norm_forward(x, w):
+    x, result = x.astype(jnp.float32), x.dtype
+    rstd = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+    return (x * rstd * w).astype(result), (x * rstd, rstd, w)
+
+
+def rms_norm_backward(saved, dy):
+    """As normalize_backward(), but nothing comes from the mean of x."""
+    y, rstd, w = saved
+    dy, result = dy.astype(jnp.float32), dy.dtype
+    dy_y = barrier(dy * y)
+    mean = (jnp.dot(dy_y, w, precision='highest') / len(w))[..., None]
+    return (rstd * (dy * w - y * mean)).astype(result), dy_y.sum([*range(dy.ndim - 1)])
+
+
+rms_norm.defvjp(rms_norm_forward, rms_norm_backward)
+
+
 @jax.checkpoint  # compute tanh again in the backward pass: a step needs 0.88 of the memory
 def gelu(x):
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), GPT-2's form."""
     return jax.nn.gelu(x, approximate=True)
+
+
+@jax.custom_vjp
+def swiglu(x):
+    """silu(gate) * up, where silu(x) = x sigmoid(x) and x (..., 2, F) is the gate and up."""
+    return swiglu_forward(x)[0]
+
+
+def swiglu_forward(x):
+    return jax.nn.silu(x[..., 0, :]) * x[..., 1, :], x
+
+
+def swiglu_backward(x, dy):
+    """Computes the sigmoid again. The barrier keeps XLA from computing both halves for each element
+    that it puts beside each other (0.85)."""
+    gate, up = x[..., 0, :], x[..., 1, :]
+    s = jax.nn.sigmoid(gate)
+    halves = barrier((dy * up * s * (1 + gate * (1 - s)), dy * gate * s))
+    return (jnp.stack(halves, -2),)
+
+
+swiglu.defvjp(swiglu_forward, swiglu_backward)
 
 
 def keep_mask(key, rate, shape):
@@ -176,6 +223,24 @@ def cross_entropy(logits, targets):
 
 # -----------------------------------------------------------------------------
 # attention
+
+
+def rotary_angles(pos, T, hs, theta):
+    """The angles of T positions from pos on, as their cosines and sines, (T, hs) each: channels i
+    and i + hs / 2 are a pair, which turns by theta^(-2 i / hs) from one position to the next."""
+    speeds = theta ** (-jnp.arange(0, hs, 2, dtype=jnp.float32) / hs)
+    angles = (pos + jnp.arange(T, dtype=jnp.float32))[:, None] * speeds
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return barrier((jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)))
+
+
+def rotate(x, angles):
+    """x (..., T, hs) with each pair (a, b) turned by its angle to (a cos - b sin, b cos + a sin), in
+    float32: so q k' depends on the distance of their positions. The roll by half the channels
+    brings b to a and a to b; it is faster than halves (0.88)."""
+    cos, sin = angles
+    x32 = x.astype(jnp.float32)
+    return (x32 * cos + jnp.roll(x32, x.shape[-1] // 2, -1) * sin).astype(x.dtype)
 
 
 def causal_scores(q, k, first):

@@ -20,7 +20,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -140,8 +140,10 @@ def resume_config(out_dir, config, given):
             raise ValueError(f"{os.path.join(out_dir, 'config.json')} is damaged: {key} = {value!r}")
     config = config | {key: value for key, value in saved['config'].items()
                        if key in config and key not in given | OF_THE_MACHINE}
-    for key in given & saved['model_args'].keys() - MAY_CHANGE:
-        if config[key] != (its := saved['model_args'][key]):
+    fixed = asdict(GPTConfig(**saved['model_args']))  # with defaults for what an older run did not know
+    fixed['optimizer'] = saved['config'].get('optimizer', 'adamw')
+    for key in given & fixed.keys() - MAY_CHANGE:
+        if config[key] != (its := fixed[key]):
             raise ValueError(f'{key} = {config[key]}: the run in {out_dir} has {key} = {its}, which '
                              'cannot change')
     return config, saved
@@ -353,7 +355,7 @@ def open_model(source, checkpoint='best'):
                          f"none of {', '.join(hf.GPT2)}")
     if source not in hf.GPT2 and 'model_args' in read_json(folder / 'config.json'):
         return open_run(source, checkpoint)
-    fields, tensors = hf.open_gpt2(source)
+    fields, tensors = hf.open_pretrained(source)
     config = GPTConfig(**fields)
     hf.check_tensors(tensors, abstract_params(config), fields, source)
     meta = read_json(folder / 'meta.json') if (folder / 'meta.json').exists() else GPT2_META
@@ -364,7 +366,7 @@ def open_model(source, checkpoint='best'):
 
     def read(block_size=None, place=place_on_one_device):
         wanted = replace(config, block_size=block_size or config.block_size)
-        return hf.read_params(tensors, place(abstract_params(wanted)))
+        return hf.read_params(tensors, place(abstract_params(wanted)), config.arch)
 
     return config, meta, read
 
@@ -395,6 +397,8 @@ def open_run(out_dir, checkpoint='best'):
 
         def merge_and_crop(params):
             params = merge_lora(params, config)
+            if 'wpe' not in params:  # rotary positions
+                return params
             return params | {'wpe': {'weight': params['wpe']['weight'][:block_size]}}
 
         result = place(jax.eval_shape(merge_and_crop, abstract))

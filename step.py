@@ -21,14 +21,19 @@ from model import build, flops_per_token, init_params
 # optimizer and state
 
 
-def make_optimizer(beta1, beta2, weight_decay, grad_clip):
+def make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer='adamw', dtype='float32'):
     """AdamW with gradients clipped at a global norm (0: not clipped). Only matrices decay, biases
-    and norms do not. The learning rate is missing: train_step multiplies it in."""
+    and norms do not. The learning rate is missing: train_step multiplies it in. The optimizer
+    'muon' is Muon for the matrices of the blocks, multiplied in `dtype`, and AdamW for the rest."""
+    if optimizer not in ('adamw', 'muon'):
+        raise ValueError(f"optimizer = {optimizer!r}: must be 'adamw' or 'muon'")
+    adam = optax.scale_by_adam(beta1, beta2)
     is_matrix = lambda path, x: path[-1].key != 'bias' and x.ndim >= 2
     matrices = lambda params: jax.tree_util.tree_map_with_path(is_matrix, params)
     return optax.chain(
         clip_by_norm(grad_clip) if grad_clip else optax.identity(),
-        optax.scale_by_adam(beta1, beta2),
+        adam if optimizer == 'adamw' else optax.partition(
+            {'adamw': adam, 'muon': muon(beta1, dtype)}, which_optimizer),
         optax.add_decayed_weights(weight_decay, matrices))
 
 
@@ -39,6 +44,42 @@ def clip_by_norm(max_norm):
         return jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), grads), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def which_optimizer(params):
+    """A tree like params: 'muon' for the matrices of the blocks. LoRA's adapters stay with AdamW."""
+    def choose(path, x):
+        return 'muon' if path[0].key == 'h' and path[-1].key == 'weight' and x.ndim >= 2 else 'adamw'
+    return jax.tree_util.tree_map_with_path(choose, params)
+
+
+def orthogonalize(x, dtype):
+    """x (m, n) with all its singular values moved near 1, between about 0.7 and 1.2: five steps of a
+    Newton-Schulz iteration, X <- a X + b (X X') X + c (X X')^2 X. It multiplies matrices in bfloat16
+    where the model does."""
+    if len(x) > x.shape[1]:
+        return orthogonalize(x.T, dtype).T
+    dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
+    product = lambda x, y: jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
+    a, b, c = 3.4445, -4.7750, 2.0315  # https://kellerjordan.github.io/posts/muon
+    x = x / (jnp.linalg.norm(x) + 1e-7)
+    for _ in range(5):
+        xx = product(x, x.T)
+        x = a * x + product(b * xx + c * product(xx, xx), x)
+    return x
+
+
+def muon(beta, dtype):
+    """Muon: momentum beta, orthogonalized, so that an update moves each direction as far. Query, key and
+    value are three matrices to it, and gate and up are two. The scale makes updates as large as
+    AdamW's, so that one learning rate does for both (https://arxiv.org/abs/2502.16982)."""
+    def direction(u):
+        matrices = [u] if u.ndim == 2 else [u[:, i] for i in range(u.shape[1])]
+        scale = 0.2 * math.sqrt(max(matrices[0].shape))
+        return scale * jnp.stack([orthogonalize(x, dtype) for x in matrices], 1).reshape(u.shape)
+
+    return optax.chain(optax.trace(beta, nesterov=True),
+                       optax.stateless(lambda updates, _: jax.tree.map(direction, updates)))
 
 
 def get_lr(it, learning_rate, warmup_iters, lr_decay_iters, min_lr):

@@ -23,9 +23,10 @@ import optax
 import pytest
 from flax import nnx
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import chips
+import hf
 import model
 import ops
 import step
@@ -44,6 +45,7 @@ init_params = jax.jit(model.init_params, static_argnames=('config', 'seed'))
 init_state = jax.jit(step.init_state, static_argnames=('config', 'tx', 'seed'))
 
 TINY = GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=32, bias=True)
+MODERN = dataclasses.replace(TINY, arch='qwen3', bias=False)
 KEY = jax.random.key(0)
 
 
@@ -58,11 +60,11 @@ def close(a, b, tolerance=1e-5):
 
 
 @functools.cache
-def tiny_model():
+def tiny_model(config=TINY):
     """TINY with parameters large enough that attention and biases matter."""
-    params = init_params(TINY, 0)
+    params = init_params(config, 0)
     noise = np.random.default_rng(1)
-    return build(TINY, jax.tree.map(lambda x: x + 0.4 * noise.standard_normal(x.shape, np.float32), params))
+    return build(config, jax.tree.map(lambda x: x + 0.4 * noise.standard_normal(x.shape, np.float32), params))
 
 
 def params_of(model):
@@ -140,12 +142,48 @@ def test_logits_equal_a_numpy_forward_pass(bias):
     close(build(config, params)(idx), numpy_gpt(params, idx, config.n_head), 1e-4)
 
 
-def test_a_token_never_sees_the_future():
-    idx = tokens(1, 16)
+def numpy_qwen3(tensors, hf_config, idx):
+    """Qwen3's forward pass in NumPy, one sequence at a time, from its own files: its paper's formulas, its names of
+    tensors, matrices as (out, in)."""
+    def norm(x, weight):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + hf_config['rms_norm_eps']) * weight
+
+    def turn(x, theta=hf_config['rope_parameters']['rope_theta']):
+        pairs = x[..., :x.shape[-1] // 2] + 1j * x[..., x.shape[-1] // 2:]  # complex numbers, (T, hs / 2)
+        speeds = theta ** -np.linspace(0, 1, pairs.shape[-1], endpoint=False)
+        pairs = pairs * np.exp(1j * np.outer(np.arange(len(x)), speeds))
+        return np.concatenate([pairs.real, pairs.imag], -1)
+
+    out, w = [], {name.removeprefix('model.').removesuffix('.weight'): x for name, x in tensors.items()}
+    for row in np.asarray(idx):
+        x = w['embed_tokens'][row]
+        for i in range(hf_config['num_hidden_layers']):
+            w_attn, w_mlp = (lambda name, half=half: w[f'layers.{i}.{half}.{name}'] for half in ('self_attn', 'mlp'))
+            h, heads = norm(x, w[f'layers.{i}.input_layernorm']), []
+            q, k, v = (np.split(h @ w_attn(f'{name}_proj').T, hf_config['num_attention_heads'], -1) for name in 'qkv')
+            for a, b, c in zip(q, k, v):
+                a, b = turn(norm(a, w_attn('q_norm'))), turn(norm(b, w_attn('k_norm')))
+                scores = np.where(np.tri(len(row), dtype=bool), a @ b.T / math.sqrt(a.shape[-1]), -np.inf)
+                weights = np.exp(scores - scores.max(-1, keepdims=True))
+                heads.append(weights / weights.sum(-1, keepdims=True) @ c)
+            x = x + np.concatenate(heads, -1) @ w_attn('o_proj').T
+            h = norm(x, w[f'layers.{i}.post_attention_layernorm'])
+            gate, up = h @ w_mlp('gate_proj').T, h @ w_mlp('up_proj').T
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ w_mlp('down_proj').T
+        out.append(norm(x, w['norm']) @ w['embed_tokens'].T)
+    return np.stack(out)
+
+
+ARCHES = pytest.mark.parametrize('config', [TINY, MODERN], ids=lambda config: config.arch)
+
+
+@ARCHES
+def test_a_token_never_sees_the_future(config):
+    idx, model = tokens(1, 16), tiny_model(config)
     for t in (1, 7, 15):
         changed = idx.copy()
         changed[0, t:] = (changed[0, t:] + 1) % TINY.vocab_size
-        before, after = tiny_model()(idx), tiny_model()(changed)
+        before, after = model(idx), model(changed)
         close(before[:, :t], after[:, :t], 1e-6)
         assert np.abs(before[:, t] - after[:, t]).max() > 1e-3
 
@@ -157,13 +195,14 @@ def test_a_new_model_guesses_uniformly():
         assert abs(loss - math.log(V)) < 0.05
 
 
-def test_initial_values_have_the_standard_deviations_of_gpt2():
-    config = GPTConfig(block_size=128, vocab_size=500, n_layer=8, n_head=4, n_embd=128, bias=True)
+@ARCHES
+def test_initial_values_have_the_standard_deviations_of_gpt2(config):
+    config = dataclasses.replace(config, block_size=128, vocab_size=500, n_layer=8, n_head=4, n_embd=128)
     for path, x in jax.tree_util.tree_flatten_with_path(init_params(config, 0))[0]:
         name = '.'.join(str(p.key) for p in path)
         if name.endswith('bias'):
             assert not x.any(), name
-        elif '.ln_' in name or name.startswith('ln_f'):
+        elif '.ln_' in name or name.startswith('ln_f') or '_norm' in name:
             assert (x == 1).all(), name
         else:
             want = 0.02 / math.sqrt(2 * 8) if 'c_proj' in name else 0.02
@@ -213,10 +252,13 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_a_bad_config_is_refused():
-    for bad in (dict(n_head=3), dict(n_layer=0), dict(dropout=1.0), dict(dropout=-0.1), dict(dtype='float64'),
+    for bad in (dict(arch='llama'), dict(n_inner=-1), dict(rope_theta=0.0), dict(n_head=3), dict(n_layer=0), dict(dropout=1.0), dict(dropout=-0.1), dict(dtype='float64'),
                 dict(lora_rank=-1), dict(lora_rank=33), dict(lora_alpha=0.0)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             dataclasses.replace(TINY, **bad)
+    for bad in (dict(bias=True), dict(n_embd=30, n_head=2)):
+        with pytest.raises(ValueError, match="bias = .*arch = 'qwen3'"):
+            dataclasses.replace(MODERN, **bad)
 
 
 # -----------------------------------------------------------------------------
@@ -290,7 +332,7 @@ def test_a_context_can_be_cropped_and_not_stretched(tmp_path):
     (dict(activation_function='relu'), "activation_function = 'relu'"),
     (dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon = 1e-06'),
     (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx = True'),
-    (dict(n_inner=64), 'n_inner = 64'), (dict(model_type='llama'), "model_type = 'llama'"),
+    (dict(n_inner=64), r'h.0.mlp.c_fc.* is .*128.*64'), (dict(model_type='llama'), "model_type = 'llama'"),
     (dict(n_head=None), "lacks 'n_head'"), (dict(n_head=5), 'n_head = 5'),
     (dict(n_layer='2'), 'config.json'), (dict(bias=False), 'not of this model: h.0.attn.c_attn.bias'),
 ], ids=lambda x: str(x)[:40])
@@ -330,6 +372,54 @@ def test_without_a_network_gpt2_says_what_to_put_where(tmp_path):
                          text=True)
     assert 'config.json and model.safetensors of https://huggingface.co/openai-community/gpt2-medium' in out.stdout, out
     assert len(out.stdout.splitlines()) == 1 and not out.stderr
+
+
+# -----------------------------------------------------------------------------
+# Qwen3's weights
+
+
+def qwen3_files(folder, config, **changes):
+    """Writes tiny_model(config) as Hugging Face has a Qwen3, and returns its config.json."""
+    meta = {'vocab_size': 37, 'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(65, 102)))}}
+    files = hf.export_files(config, meta, 'float32')
+    files['config.json'] = {k: v for k, v in (files['config.json'] | changes).items() if v != 'left out'}
+    hf.write_directory(folder, files, hf.file_tensors(params_of(tiny_model(config)), config, 37, 'float32'))
+    return files['config.json']
+
+
+@pytest.mark.parametrize('shape', [dict(), dict(n_layer=3, n_head=4, n_embd=48, n_inner=40, rope_theta=50.0)], ids=str)
+def test_a_qwen3s_files_give_the_logits_of_a_numpy_forward_pass_and_come_back_bit_for_bit(tmp_path, shape):
+    config, idx = dataclasses.replace(MODERN, **shape), tokens(3, 11)
+    hf_config = qwen3_files(tmp_path / 'hf', config)
+    tensors = load_file(tmp_path / 'hf/model.safetensors')
+    close(tiny_model(config)(idx), numpy_qwen3(tensors, hf_config, idx), 1e-4)
+    model = GPT.from_pretrained(tmp_path / 'hf')
+    assert model.config == dataclasses.replace(config, n_inner=config.mlp_width)
+    close(params_of(model), params_of(tiny_model(config)), 0)
+    # on a mesh, each device reads its own part
+    mesh = make_mesh(jax.devices()[:4], 2, 2)
+    params = open_model(tmp_path / 'hf')[2](8, place_on(mesh, fsdp=True))
+    close(params, params_of(model), 0)
+    # older versions of transformers have rope's theta beside the other fields
+    qwen3_files(tmp_path / 'hf', config, rope_parameters='left out')
+    assert GPT.from_pretrained(tmp_path / 'hf').config == model.config
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(num_key_value_heads=1), 'num_key_value_heads = 1: this GPT has 2 only'),
+    (dict(num_key_value_heads='left out'), 'num_key_value_heads = 32'),  # Qwen3's own default
+    (dict(head_dim=32), 'head_dim = 32'), (dict(tie_word_embeddings='left out'), 'tie_word_embeddings = False'),
+    (dict(attention_bias=True), 'attention_bias = True'), (dict(rms_norm_eps=1e-5), 'rms_norm_eps = 1e-05'),
+    (dict(rope_parameters={'rope_type': 'yarn', 'rope_theta': 1e4}), "rope_type = 'yarn'"),
+    (dict(hidden_act='gelu'), "hidden_act = 'gelu'"), (dict(use_sliding_window=True), 'use_sliding_window = True'),
+    (dict(intermediate_size=64), r'layers.0.mlp.gate_proj.weight is \[96, 32\], .* \[64, 32\]'),
+    (dict(num_hidden_layers=3), 'lacks the tensor layers.2.'),
+    (dict(hidden_size='left out'), "lacks 'hidden_size', which qwen3 has"),
+], ids=str)
+def test_what_is_wrong_with_a_qwen3s_files_is_named(tmp_path, changes, message):
+    qwen3_files(tmp_path / 'hf', MODERN, **changes)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(tmp_path / 'hf')
 
 
 # -----------------------------------------------------------------------------
@@ -421,6 +511,22 @@ def plain_layer_norm(x, w, b):
     return w * x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) + b
 
 
+def plain_rms_norm(x, w):
+    return w * x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+
+def plain_rotate(x):
+    pairs = jax.lax.complex(*jnp.split(x, 2, -1))
+    angles = jnp.outer(5 + jnp.arange(x.shape[-2]), 100 ** -jnp.linspace(0, 1, x.shape[-1] // 2, endpoint=False))
+    pairs *= jnp.exp(1j * angles)
+    return jnp.concatenate([pairs.real, pairs.imag], -1)
+
+
+def plain_swiglu(x):
+    gate, up = x[..., 0, :], x[..., 1, :]
+    return gate / (1 + jnp.exp(-gate)) * up
+
+
 def plain_gelu(x):
     return 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -475,6 +581,10 @@ OPS = {  # name: the op for (dtype, one_cpu), the plain function, and their argu
     'logits': (lambda *how: lambda x, w: ops.logits(x, w, *how), plain_logits, [normal(2, 3, 4), normal(7, 4)]),
     'layer_norm': (lambda *how: ops.layer_norm, plain_layer_norm,
                    [normal(2, 3, 8), normal(8), normal(8, seed=1)]),
+    'rms_norm': (lambda *how: ops.rms_norm, plain_rms_norm, [normal(2, 3, 8), normal(8)]),
+    'rotate': (lambda *how: lambda x: ops.rotate(x, ops.rotary_angles(5, 7, 8, 100.0)), plain_rotate,
+               [normal(2, 3, 7, 8)]),
+    'swiglu': (lambda *how: ops.swiglu, plain_swiglu, [normal(6, 2, 4)]),
     'gelu': (lambda *how: ops.gelu, plain_gelu, [normal(6, 4)]),
     'cross_entropy': (lambda *how: ops.cross_entropy, plain_cross_entropy,
                       [normal(2, 3, 4), np.array([[0, 3, 3], [1, 2, 0]])]),
@@ -538,11 +648,13 @@ def test_one_cpu_computes_a_batch_as_two_halves_with_dropout_of_their_own(monkey
     assert abs(once - twice) > 1e-4  # twice the same, with the same dropout, would have the same loss
 
 
-@pytest.mark.parametrize('less', [dict(remat=True), dict(loss_chunks=4), dict(remat=True, loss_chunks=16)])
+@pytest.mark.parametrize('less', [dict(remat=True), dict(loss_chunks=4), dict(remat=True, loss_chunks=16),
+                                  dict(arch='qwen3', bias=False, remat=True, loss_chunks=4)])
 def test_less_memory_is_the_same_gradient(less):
-    batch, params = tokens(4, 17), params_of(tiny_model())
+    config = MODERN if 'arch' in less else TINY
+    batch, params = tokens(4, 17), params_of(tiny_model(config))
     grad = lambda config: jax.jit(jax.value_and_grad(lambda params: build(config, params).loss(batch, KEY)))(params)
-    close(grad(dataclasses.replace(TINY, dropout=0.1, **less)), grad(dataclasses.replace(TINY, dropout=0.1)))
+    close(grad(dataclasses.replace(config, dropout=0.1, **less)), grad(dataclasses.replace(config, dropout=0.1)))
 
 
 def test_chunks_of_the_loss_take_less_memory():
@@ -640,6 +752,25 @@ def test_gradients_are_clipped_by_their_global_norm_and_only_matrices_decay():
     assert abs(norm - 0.1) < 1e-3  # (1 - beta1) times a gradient of norm 1
 
 
+def test_muon_moves_every_direction_of_a_matrix_alike_and_as_far_as_adamw_does():
+    params = params_of(tiny_model(MODERN))
+    grads = jax.tree.map(lambda x: normal(*x.shape) * jnp.linspace(0.1, 1, x.shape[0]).reshape(-1, *[1] * (x.ndim - 1)),
+                         params)
+    tx, adamw = (make_optimizer(0.9, 0.99, 0.0, 1.0, optimizer) for optimizer in ('muon', 'adamw'))
+    updates, its = (t.update(grads, t.init(params), params)[0] for t in (tx, adamw))
+    for (path, x), y in zip(flatten_mapping(updates).items(), jax.tree.leaves(its)):
+        if path[0] != 'h' or x.ndim == 1:  # embeddings and norms
+            close(x, y, 1e-6)
+        for matrix in ([x] if x.ndim == 2 else np.swapaxes(x, 0, 1)) if path[0] == 'h' and x.ndim > 1 else []:
+            sizes = np.linalg.svd(matrix, compute_uv=False) / (0.2 * math.sqrt(max(matrix.shape)))
+            assert 0.6 < np.quantile(sizes, 0.1) and sizes.max() < 1.3, path  # before, they differ tenfold and more
+            assert 0.1 < np.sqrt((matrix**2).mean()) < 0.3  # AdamW's, once it is under way
+    lora = tx.init(split_lora(init_params(LORA, 0), LORA)[0])  # adapters stay with AdamW
+    assert not jax.tree.leaves(lora[1].inner_states['muon'])
+    with pytest.raises(ValueError, match="optimizer = 'sgd'"):
+        make_optimizer(0.9, 0.99, 0.0, 1.0, 'sgd')
+
+
 def test_an_update_that_is_not_finite_is_skipped_and_counted():
     tx = make_optimizer(0.9, 0.99, 0.1, 1.0)
     batch = tokens(1, 4, 17)
@@ -725,11 +856,11 @@ def mesh_of(data, tensor):
     return make_mesh(jax.devices()[:data * tensor], data, tensor)
 
 
-def start_on(mesh, config=WIDE):
+def start_on(mesh, config=WIDE, optimizer='adamw'):
     """The state of `config` as it is created on a mesh, its abstract form, and a function that trains it from
     one iteration to another and returns the losses."""
     (data, _, fsdp), mesh = mesh, mesh_of(*mesh[:2])
-    config, tx = dataclasses.replace(config, cpus=mesh.size), make_optimizer(0.9, 0.99, 0.1, 1.0)
+    config, tx = dataclasses.replace(config, cpus=mesh.size), make_optimizer(0.9, 0.99, 0.1, 1.0, optimizer)
     abstract = abstract_state(config, tx, mesh, fsdp)
     text = np.random.default_rng(0).integers(64, size=1000).cumsum().astype(np.uint16) % 64
 
@@ -764,6 +895,24 @@ def test_the_loss_is_the_same_on_every_mesh_and_every_mesh_goes_on_with_the_chec
             state, _ = checkpoints.restore(runs[mesh][1])
             assert jax.tree.all(jax.tree.map(np.array_equal, state, saved[other])), (mesh, other)
         np.testing.assert_allclose(runs[mesh][2](state, 10, 13)[1], one[10:13], atol=1e-4)
+
+
+def test_qwen3_and_muon_have_the_same_loss_on_every_mesh_and_resume_on_any_other(tmp_path):
+    one, checkpoints, config = None, None, dataclasses.replace(WIDE, arch='qwen3', bias=False)
+    for mesh in (MESHES[0], MESHES[2], MESHES[4], MESHES[5], MESHES[6]):
+        state, abstract, go_on = start_on(mesh, config, 'muon')
+        state, curve = go_on(state, 0, 6)
+        if one is None:
+            one, checkpoints = curve, Checkpoints(tmp_path)
+            checkpoints.save(6, state, {'best_iter': None})
+            checkpoints.wait()
+            one = curve + go_on(state, 6, 10)[1]
+        np.testing.assert_allclose(curve, one[:6], atol=1e-4, err_msg=str(mesh))
+        state, _ = checkpoints.restore(abstract)
+        assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, state, abstract))
+        momentum = state['opt_state'][1].inner_states['muon'].inner_state[0].trace['h'][0]['mlp']['c_fc']['weight']
+        assert momentum.addressable_shards[0].data.size == momentum.size // mesh[1] // (mesh[0] if mesh[2] else 1)
+        np.testing.assert_allclose(go_on(state, 6, 10)[1], one[6:], atol=1e-4, err_msg=str(mesh))
 
 
 @pytest.mark.parametrize('mesh', [MESHES[0], MESHES[4], MESHES[6]])
@@ -946,7 +1095,7 @@ def test_flash_attention_of_chips_goes_with_every_mesh():
 
 def greedy_without_cache(model, idx, n):
     """The whole context is computed anew for each token; it is padded to one length, so that this compiles once."""
-    logits = jax.jit(lambda params, idx: build(TINY, params)(idx))
+    logits = jax.jit(lambda params, idx: build(model.config, params)(idx))
     for _ in range(n):
         padded = np.zeros((len(idx), TINY.block_size), int)
         padded[:, :idx.shape[1]] = idx
@@ -954,22 +1103,24 @@ def greedy_without_cache(model, idx, n):
     return idx
 
 
+@ARCHES
 @pytest.mark.parametrize('prompt', [1, 5, 16])
-def test_greedy_text_is_the_same_with_and_without_the_cache(prompt):
+def test_greedy_text_is_the_same_with_and_without_the_cache(prompt, config):
     idx = tokens(3, prompt)
     n = 16 - prompt + 1  # the last of them sees the full context
-    cached = generate(tiny_model(), idx, n, temperature=0, key=KEY)
-    assert (cached == greedy_without_cache(tiny_model(), idx, n)).all()
+    cached = generate(tiny_model(config), idx, n, temperature=0, key=KEY)
+    assert (cached == greedy_without_cache(tiny_model(config), idx, n)).all()
 
 
-def test_text_goes_on_beyond_the_context():
+@ARCHES
+def test_text_goes_on_beyond_the_context(config):
     """When the window of 16 is full, its last 8 tokens are read again as a prompt."""
-    idx = tokens(2, 4)
-    out = np.asarray(generate(tiny_model(), idx, 40, temperature=0, key=KEY))
+    idx, model = tokens(2, 4), tiny_model(config)
+    out = np.asarray(generate(model, idx, 40, temperature=0, key=KEY))
     assert out.shape == (2, 44)
-    want = greedy_without_cache(tiny_model(), idx, 13)
+    want = greedy_without_cache(model, idx, 13)
     while want.shape[1] < 44:
-        want = np.concatenate([want, greedy_without_cache(tiny_model(), want[:, -8:], 9)[:, 8:]], axis=1)
+        want = np.concatenate([want, greedy_without_cache(model, want[:, -8:], 9)[:, 8:]], axis=1)
     assert (out == want[:, :44]).all() and len(np.unique(out[0, 4:])) > 4
 
 

@@ -26,9 +26,9 @@ import pytest
 
 from conftest import run, start
 from model import GPT, GPTConfig, build
-from rundir import load_model
+from rundir import load_model, resume_config
 from step import join_lora
-from test_model import numpy_gpt
+from test_model import numpy_gpt, numpy_qwen3
 
 HERE = Path(__file__).resolve().parent
 TINY = ['--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4',
@@ -495,6 +495,42 @@ def test_an_export_is_the_model_in_gpt2s_format_and_comes_back_bit_for_bit(repo,
     how = ['--checkpoint=latest', '--start=But', '--temperature=0', '--num_samples=1', '--max_new_tokens=30',
            '--device=cpu']
     assert run(repo, 'sample.py', f'--init_from={hf}', *how) == run(repo, 'sample.py', f'--out_dir={out_dir}', *how)
+
+
+def test_a_modern_run_resumes_exactly_after_a_kill_and_its_export_is_a_qwen3(repo):
+    run(repo, 'train.py', 'config/modern.py', *TINY, '--out_dir=modern')
+    process = start(repo, 'train.py', 'config/modern.py', *TINY, '--out_dir=killed-modern', '--max_iters=100000')
+    read_until(process, 'iter 14')  # after a checkpoint, and between two
+    process.kill()
+    process.communicate()
+    resume(repo, 'killed-modern', '--max_iters=16')
+    resume(repo, 'modern', '--max_iters=16')
+    assert_same_run(repo / 'modern', repo / 'killed-modern')
+
+    from safetensors.numpy import load_file
+    run(repo, 'export.py', '--out_dir=modern', '--hf_dir=hf-modern', '--checkpoint=latest')
+    config = json.loads((repo / 'hf-modern/config.json').read_text())
+    idx = np.random.default_rng(0).integers(config['vocab_size'], size=(3, 16))
+    model = load_model(repo / 'modern', 'latest', dtype='float32')
+    want = numpy_qwen3(load_file(repo / 'hf-modern/model.safetensors'), config, idx)
+    np.testing.assert_allclose(model(idx), want, atol=1e-4)
+    assert same(params_of(model), params_of(GPT.from_pretrained(repo / 'hf-modern')))
+    # what is trained further is what was exported, whatever the defaults are
+    out = run(repo, 'train.py', *TINY, '--init_from=hf-modern', '--out_dir=further', '--max_iters=2')
+    assert abs(losses_in(out, 'val')[0] - losses_in(run(repo, 'train.py', *TINY, '--init_from=modern', '--eval_only=True',
+                                                       '--out_dir=nowhere'), 'val')[0]) < 0.2
+    args = json.loads((repo / 'further/config.json').read_text())['model_args']
+    assert args['arch'] == 'qwen3' and 'wpe' not in load_model(repo / 'further').__dict__
+
+
+def test_a_run_that_is_older_than_a_models_argument_has_its_default(tmp_path):
+    saved = {'config': {'n_embd': 16}, 'model_args': dict(block_size=16, vocab_size=9, n_layer=1, n_head=1, n_embd=16)}
+    (tmp_path / 'config.json').write_text(json.dumps(saved))
+    config = {'n_embd': 32, 'arch': 'gpt2', 'optimizer': 'adamw', 'n_inner': 0}
+    assert resume_config(tmp_path, config, {'arch', 'optimizer'})[0] == config | {'n_embd': 16}
+    for change in (dict(arch='qwen3'), dict(optimizer='muon'), dict(n_inner=8)):
+        with pytest.raises(ValueError, match=f'{next(iter(change))} = .* cannot change'):
+            resume_config(tmp_path, config | change, {*change})
 
 
 def test_an_export_replaces_an_export_and_nothing_else(repo, base):
@@ -1277,6 +1313,11 @@ RESUME = ['--init_from=resume', '--out_dir=finished']
     (['--out_dir=verse.txt/run'], 'verse.txt/run'),
     ([*RESUME, '--n_layer=3'], 'n_layer = 3: the run in finished has n_layer = 2'),
     ([*RESUME, '--bias=True'], 'bias = True'),
+    ([*RESUME, '--arch=qwen3'], 'arch = qwen3: the run in finished has arch = gpt2, which cannot change'),
+    ([*RESUME, '--optimizer=muon'],
+     'optimizer = muon: the run in finished has optimizer = adamw, which cannot change'),
+    (['--optimizer=sgd'], "optimizer = 'sgd'"), (['--arch=llama'], "arch = 'llama'"),
+    (['--arch=qwen3', '--bias=True'], "bias = True"),
     ([*RESUME, '--dataset=other'], "dataset = 'other' has another vocabulary"),
     (['--out_dir=finished'], 'finished holds a run'),
     (['--batch_size=1000000', '--block_size=200', '--n_layer=1', '--dropout=0.0'], 'out of memory (needs'),

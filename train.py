@@ -33,14 +33,18 @@ gradient_accumulation_steps = 40  # an iteration sees this many times batch_size
 batch_size = 12  # sequences that a device handles at a time
 block_size = 1024
 # model
+arch = 'gpt2'  # the block: 'gpt2', or 'qwen3', which learns more from every token
 n_layer = 12
 n_head = 12
 n_embd = 768
 dropout = 0.0  # for pretraining 0 is good, for finetuning try 0.1+
 bias = False  # use biases in LayerNorms and Linears?
+n_inner = 0  # width of the MLP; 0: 4 n_embd in gpt2, about 8/3 n_embd in qwen3
+rope_theta = 10000.0  # qwen3: the base of its rotary positions
 lora_rank = 0  # with init_from: train only adapters of this rank (LoRA); 0: train everything
 lora_alpha = 16.0  # the adapters are multiplied by lora_alpha / lora_rank
-# adamw optimizer
+# optimizer
+optimizer = 'adamw'  # 'adamw', or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 6e-4  # max learning rate
 max_iters = 600000
 max_skipped = 20  # an update whose gradients are not finite is skipped; stop after so many in a row
@@ -138,7 +142,7 @@ pretrained = None
 with refuse(ValueError, OSError):
     if init_from not in ('scratch', 'resume'):
         pretrained, pretrained_meta, read_pretrained = open_model(init_from)
-        for key in ('n_layer', 'n_head', 'n_embd', 'bias', 'block_size'):
+        for key in ('arch', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'rope_theta', 'bias', 'block_size'):
             its = getattr(pretrained, key)
             crop = key == 'block_size' and config[key] < its  # a shorter context will do
             if key in typed and config[key] != its and not crop:
@@ -170,9 +174,9 @@ def get_batch(split, starts):
 model_args = {field.name: globals()[field.name] for field in fields(GPTConfig) if field.name != 'cpus'}
 with refuse(ValueError):
     model_config = GPTConfig(**model_args | {'flash': False}, cpus=cpus)
+    tx = make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer, dtype)
 model_config, no_flash = with_flash(model_config, devices, flash)
 model_args['flash'] = model_config.flash
-tx = make_optimizer(beta1, beta2, weight_decay, grad_clip)
 abstract = abstract_state(model_config, tx, mesh, fsdp)
 from_file = None if origin == 'scratch' else 'base' if lora_rank else 'params'  # what a new run reads
 create = state_creator(model_config, tx, seed, abstract, leave_out=from_file)

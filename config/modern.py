@@ -1,0 +1,16 @@
+# learn more from every token: put this file after any recipe (and after laptop.py)
+# python train.py config/train_shakespeare_char.py config/laptop.py config/modern.py
+# tried with 0.8M to 10.7M parameters on characters, never with GPT-2's size or its tokens
+
+arch = 'qwen3'  # the block of Qwen3: RMSNorm, rotary positions, normalized queries and keys, SwiGLU
+optimizer = 'muon'  # for the matrices of the blocks; AdamW for the rest
+bias = False
+
+# one learning rate for both; wider models want a lower one
+learning_rate = 6e-3 * (128 / n_embd)
+decay_lr = True
+min_lr = 0.0
+warmup_iters = warmup_iters // 3
+beta2 = 0.99
+weight_decay = 0.1
+grad_clip = 1.0
