@@ -51,23 +51,23 @@ class GPTConfig:
 
     @property
     def activation_dtype(self):
-        """The type of activations between matrices: XLA's bfloat16 code for CPUs is fast only at
-        matmul."""
+        """The type between matrices: on a CPU, XLA's bfloat16 code is fast only at matmul."""
         return 'float32' if self.cpus and self.dtype == 'bfloat16' else self.dtype
 
     @property
     def no_flash(self):
         """Why cuDNN's FlashAttention cannot compute this model, '' if it can."""
         head_size = self.n_embd // self.n_head
-        no = {f'dtype = {self.dtype}': self.dtype == 'float32',
-              f'dropout = {self.dropout}': self.dropout > 0,
-              f'n_embd / n_head = {head_size}': head_size % 8 or head_size > 128}
-        return next((reason for reason, is_so in no.items() if is_so), '')
+        can = self.dtype != 'float32' and not self.dropout and head_size in range(8, 129, 8)
+        return '' if can else (f'dtype = {self.dtype}, dropout = {self.dropout}, n_embd / n_head = '
+                               f'{head_size}: it wants 16 bits, 0, and a multiple of 8 up to 128')
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'loss_chunks'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} = {getattr(self, name)}: must be at least 1')
+        lowest = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_inner=0, rope_theta=1,
+                      loss_chunks=1)
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise ValueError(f'{name} = {getattr(self, name)}: must be at least {low}')
         if self.n_layer > 1000:  # each layer is compiled: nobody waits for so many
             raise ValueError(f'n_layer = {self.n_layer}: must be at most 1000')
         if self.n_embd % self.n_head:
@@ -78,21 +78,16 @@ class GPTConfig:
         if self.arch == 'qwen3' and (self.bias or head_size % 2):
             raise ValueError(f"bias = {self.bias}, n_embd / n_head = {head_size}: arch = 'qwen3' has no "
                              'biases, and turns the channels of a head in pairs')
-        if self.n_inner < 0 or self.rope_theta < 1:
-            raise ValueError(f'n_inner = {self.n_inner}, rope_theta = {self.rope_theta}: must be at least 0 '
-                             'and at least 1')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout = {self.dropout}: must be at least 0 and below 1')
         if self.dtype not in ('float32', 'bfloat16', 'float16'):
             raise ValueError(f'dtype = {self.dtype!r}: must be float32, bfloat16 or float16')
         if self.block_size % self.loss_chunks:
-            raise ValueError(f'loss_chunks = {self.loss_chunks}: must divide '
-                             f'block_size = {self.block_size}')
+            raise ValueError(f'loss_chunks = {self.loss_chunks}: must divide block_size = {self.block_size}')
         if self.flash and self.no_flash:
             raise ValueError(f'flash = True: cuDNN has no FlashAttention for {self.no_flash}')
         if not 0 <= self.lora_rank <= self.n_embd:
-            raise ValueError(f'lora_rank = {self.lora_rank}: must be from 0 to '
-                             f'n_embd = {self.n_embd}')
+            raise ValueError(f'lora_rank = {self.lora_rank}: must be from 0 to n_embd = {self.n_embd}')
         if self.lora_alpha <= 0:
             raise ValueError(f'lora_alpha = {self.lora_alpha}: must be above 0')
 
@@ -290,10 +285,9 @@ class GPT(nnx.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_directory, **changes):
-        """GPT-2 from Hugging Face: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a directory
-        with a GPT-2 or a Qwen3 in that format. `changes` go into its GPTConfig: dropout, dtype, or a
-        smaller block_size. Raises ValueError. For a run directory there is load_model() in
-        rundir.py."""
+        """'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a directory with a GPT-2 or a Qwen3, as
+        Hugging Face has them. `changes` go into its GPTConfig: dropout, dtype, or a smaller
+        block_size. Raises ValueError. For a run directory there is load_model() in rundir.py."""
         import hf
         fields, tensors = hf.open_pretrained(name_or_directory)
         hf.check_tensors(tensors, abstract_params(GPTConfig(**fields)), fields, name_or_directory)
@@ -367,8 +361,7 @@ def decoding_params(params, config):
 
 @functools.partial(jax.jit, static_argnames='config')
 def prefill(params, window, config):
-    """The key-value cache of each layer, pairs of (B, nh, S, hs), for the tokens in window (B,
-    S)."""
+    """Each layer's key-value cache, a pair of (B, nh, S, hs), for the tokens window (B, S)."""
     return build(config, params).features(window)[1]
 
 

@@ -393,11 +393,12 @@ def lower_step(state, shape, mesh, config, tx, fsdp=False):
 
 
 def with_flash(config, devices, wanted=True):
-    """(config, why not): the config with FlashAttention if that is wanted and the model and the
-    devices allow it, else without it and the reason."""
+    """(config, text): the config with FlashAttention if that is wanted and the model and the devices
+    allow it. The text says so, or why not; it is '' where there are no GPUs."""
     why_not = '' if wanted else 'flash = False'
     why_not = why_not or no_flash(devices) or config.no_flash
-    return replace(config, flash=not why_not), why_not
+    text = f'no FlashAttention ({why_not})' if why_not else "cuDNN's FlashAttention"
+    return replace(config, flash=not why_not), text if devices[0].platform == 'gpu' else ''
 
 
 def compile_step(state, shape, mesh, config, tx, fsdp=False):

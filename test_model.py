@@ -757,7 +757,8 @@ def test_muon_moves_every_direction_of_a_matrix_alike_and_as_far_as_adamw_does()
     grads = jax.tree.map(lambda x: normal(*x.shape) * jnp.linspace(0.1, 1, x.shape[0]).reshape(-1, *[1] * (x.ndim - 1)),
                          params)
     tx, adamw = (make_optimizer(0.9, 0.99, 0.0, 1.0, optimizer) for optimizer in ('muon', 'adamw'))
-    updates, its = (t.update(grads, t.init(params), params)[0] for t in (tx, adamw))
+    norm = optax.tree.norm(grads)
+    updates, its = (t.update(grads, t.init(params), params, norm=norm)[0] for t in (tx, adamw))
     for (path, x), y in zip(flatten_mapping(updates).items(), jax.tree.leaves(its)):
         if path[0] != 'h' or x.ndim == 1:  # embeddings and norms
             close(x, y, 1e-6)

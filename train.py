@@ -108,13 +108,11 @@ with refuse(ValueError, OSError):
     if wandb_log:
         log_in_to_wandb()
     dataset = config['dataset'] = dataset_name(dataset)
-check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6),
-      sample_tokens=(0, 10**6), gradient_accumulation_steps=(1, 10**6), batch_size=(1, 10**6),
-      learning_rate=(0, 10**3), max_iters=(0, 10**12), max_skipped=(1, 10**9),
-      weight_decay=(0, 10**3), beta1=(0, 0.999999), beta2=(0, 0.999999), grad_clip=(0, 10**6),
+check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6), sample_tokens=(0, 10**6),
+      gradient_accumulation_steps=(1, 10**6), batch_size=(1, 10**6), learning_rate=(0, 10**3), max_iters=(0, 10**12),
+      max_skipped=(1, 10**9), weight_decay=(0, 10**3), beta1=(0, 0.999999), beta2=(0, 0.999999), grad_clip=(0, 10**6),
       warmup_iters=(0, 10**12), lr_decay_iters=(0, 10**12), min_lr=(0, 10**3), seed=(0, 2**32 - 1),
-      mesh_data=(-1, 10**6), mesh_tensor=(1, 10**6), num_processes=(1, 10**6),
-      process_id=(0, num_processes - 1))
+      mesh_data=(-1, 10**6), mesh_tensor=(1, 10**6), num_processes=(1, 10**6), process_id=(0, num_processes - 1))
 origin = saved['config'].get('init_from', 'scratch') if init_from == 'resume' else init_from
 if lora_rank and origin == 'scratch':
     warn(f'lora_rank = {lora_rank} on random weights shows how LoRA works, but adapters alone learn little')
@@ -132,8 +130,7 @@ with refuse(ValueError, RuntimeError):
 if compile_cache:
     keep_compiled()
 only_process_0_prints()
-cpus = count_cpus(devices)
-dtype = dtype or best_dtype(devices)
+cpus, dtype = count_cpus(devices), dtype or best_dtype(devices)
 
 # -----------------------------------------------------------------------------
 # data; and pretrained weights, which bring their model's arguments and vocabulary along
@@ -175,7 +172,7 @@ model_args = {field.name: globals()[field.name] for field in fields(GPTConfig) i
 with refuse(ValueError):
     model_config = GPTConfig(**model_args | {'flash': False}, cpus=cpus)
     tx = make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer, dtype)
-model_config, no_flash = with_flash(model_config, devices, flash)
+model_config, attention = with_flash(model_config, devices, flash)
 model_args['flash'] = model_config.flash
 abstract = abstract_state(model_config, tx, mesh, fsdp)
 from_file = None if origin == 'scratch' else 'base' if lora_rank else 'params'  # what a new run reads
@@ -186,9 +183,7 @@ n_params = num_params(all_params(abstract))
 n_frozen = sum(x.size for x in jax.tree.leaves(abstract['base']))
 print(f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), '
       f"mesh data={mesh.shape['data']} tensor={mesh.shape['tensor']}")
-print(f'number of parameters: {n_params / 1e6:.2f}M, matmuls in {dtype}')
-if devices[0].platform == 'gpu':
-    print('attention: ' + (f'plain, because {no_flash}' if no_flash else "cuDNN's FlashAttention"))
+print(f'number of parameters: {n_params / 1e6:.2f}M, matmuls in {dtype}', *filter(None, [attention]), sep=', ')
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
 if lora_rank:
     print(lora_table(abstract['params'], abstract['base'], model_config))
