@@ -1002,7 +1002,7 @@ def test_lora_is_the_same_on_every_mesh(tmp_path):
 def test_what_a_compiled_module_sends_is_read_or_refused():
     module = '''
 %body (p: (s32[], f32[256,4])) -> (s32[], f32[256,4]) {
-  %all-gather-start = ((f32[64,4]{1,0}), (f32[256,4]{1,0})) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}
+  %all-gather-start = ((f32[64,4]{1,0}), (f32[256,4]{1,0})) all-gather-start(%x), replica_groups=[2,4]<=[8]
   %all-gather-done = (f32[256,4]{1,0}) all-gather-done(%all-gather-start)
   %reduce-scatter.1 = bf16[256,4]{1,0:T(8,128)(2,1)S(1)} reduce-scatter(%y), replica_groups={{0,1},{2,3}}, to_apply=%add
   %lonely = f32[256,4]{1,0} all-reduce(%y), replica_groups={{0},{1}}, to_apply=%add
@@ -1052,7 +1052,8 @@ for case in json.loads(sys.argv[2]):
     print(json.dumps(dict(
         layouts='LayoutConstraint' in lowered.as_text(), donated=use.alias_size_in_bytes / use.output_size_in_bytes,
         moved=sum(not new.is_equivalent_to(old.sharding, old.ndim) for new, old in zip(returned, arrays, strict=True)),
-        flash=['__cudnn$fmhaSoftmax"' in hlo, '__cudnn$fmhaSoftmaxBackward"' in hlo], cycles=chips.estimated_cycles(hlo),
+        flash=['__cudnn$fmhaSoftmax"' in hlo, '__cudnn$fmhaSoftmaxBackward"' in hlo],
+        cycles=chips.estimated_cycles(hlo),
         sent=[(c.kind, c.times > 1, c.group) for c in chips.collectives(hlo, mesh.size)])))
 '''
 
