@@ -6,7 +6,7 @@ Times the very train_step and generate that the scripts run, or compiles the ste
     python bench.py --mode=sample                                          # reading a prompt, and writing
     python bench.py --mode=data --dataset=shakespeare_char                 # the loader alone
     python bench.py --mode=compile --topology=v5e:2x4                      # will it fit there, what will it cost
-    python bench.py --mode=comm --mesh_data=8                              # what 8 devices would send, by a CPU's compiler
+    python bench.py --mode=comm --mesh_data=8                              # what 8 devices send, by a CPU's compiler
 
 Every key of train.py and its config files are understood, too.
 """

@@ -252,7 +252,8 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_a_bad_config_is_refused():
-    for bad in (dict(arch='llama'), dict(n_inner=-1), dict(rope_theta=0.0), dict(n_head=3), dict(n_layer=0), dict(dropout=1.0), dict(dropout=-0.1), dict(dtype='float64'),
+    for bad in (dict(arch='llama'), dict(n_inner=-1), dict(rope_theta=0.0), dict(n_head=3), dict(n_layer=0),
+                dict(dropout=1.0), dict(dropout=-0.1), dict(dtype='float64'),
                 dict(lora_rank=-1), dict(lora_rank=33), dict(lora_alpha=0.0)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             dataclasses.replace(TINY, **bad)
