@@ -14,14 +14,17 @@ gradient_accumulation_steps = 1
 batch_size = 12
 block_size = 128
 
+# what config/modern.py has: the block of Qwen3 and Muon learn more from every token
+arch = 'qwen3'
+optimizer = 'muon'
 n_layer = 4
 n_head = 4
 n_embd = 128
 dropout = 0.0  # we draw fewer tokens than the dataset has, so we won't overfit
 
-learning_rate = 3e-3
-max_iters = 2000
-lr_decay_iters = 2000
-min_lr = 3e-4
+learning_rate = 8e-3
+max_iters = 1500
+lr_decay_iters = 1500
+min_lr = 0.0
 beta2 = 0.99
-warmup_iters = 100
+warmup_iters = 30
