@@ -242,12 +242,13 @@ if wandb_log and jax.process_index() == 0:
     with refuse(ValueError):
         wandb_run = start_wandb(wandb_project, wandb_run_name, config, wandb_id)
     wandb_id = wandb_run.id
-if not eval_only:
-    save_config(out_dir, config | {'init_from': origin}, model_args, meta)
 stop = StopSignal(mesh)
 mfu = lambda tokens_per_s: estimate_mfu(model_config, n_params, n_frozen, tokens_per_s, devices)
-log = Log(out_dir, iter_num, max_iters, log_interval, tokens_per_iter, mfu, max_skipped, stop,
-          wandb_run, writes=not eval_only)
+with refuse(OSError):
+    log = Log(out_dir, iter_num, max_iters, log_interval, tokens_per_iter, mfu, max_skipped, stop,
+              wandb_run, writes=not eval_only)
+    if not eval_only:
+        save_config(out_dir, config | {'init_from': origin}, model_args, meta)
 
 
 def estimate_loss():
