@@ -49,7 +49,7 @@ learning_rate = 6e-4  # max learning rate
 max_iters = 600000
 max_skipped = 20  # an update whose gradients are not finite is skipped; stop after so many in a row
 weight_decay = 1e-1
-beta1 = 0.9
+beta1 = 0.9  # Muon's momentum, too
 beta2 = 0.95
 grad_clip = 1.0  # clip gradients at this global norm; 0.0: don't
 # learning rate decay
