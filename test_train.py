@@ -524,7 +524,8 @@ def test_a_modern_run_resumes_exactly_after_a_kill_and_its_export_is_a_qwen3(rep
 
 
 def test_a_run_that_is_older_than_a_models_argument_has_its_default(tmp_path):
-    saved = {'config': {'n_embd': 16}, 'model_args': dict(block_size=16, vocab_size=9, n_layer=1, n_head=1, n_embd=16)}
+    saved = {'config': {'n_embd': 16}, 'vocab_size': 9, 'tokenizer': {'kind': 'char', 'chars': 'abcdefghi'},
+             'model_args': dict(block_size=16, vocab_size=9, n_layer=1, n_head=1, n_embd=16)}
     (tmp_path / 'config.json').write_text(json.dumps(saved))
     config = {'n_embd': 32, 'arch': 'gpt2', 'optimizer': 'adamw', 'n_inner': 0}
     assert resume_config(tmp_path, config, {'arch', 'optimizer'})[0] == config | {'n_embd': 16}
