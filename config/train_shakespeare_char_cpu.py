@@ -1,10 +1,10 @@
 # baby GPT's loss on Shakespeare without a GPU: nanoGPT's README has 1.4697 for 10.7M parameters on an A100,
-# and this has 0.8M parameters, with the same context of 256 characters
+# and this has 0.8M parameters, and a context of 128 characters where nanoGPT has 256
 # python train.py config/train_shakespeare_char_cpu.py
 
 out_dir = 'out-shakespeare-char-cpu'
-eval_interval = 350
-eval_iters = 55  # 55 batches of 8 * 256 characters are all of the validation text, once
+eval_interval = 500
+eval_iters = 55  # 55 batches of 16 * 128 characters are all of the validation text, once
 log_interval = 10
 always_save_checkpoint = False
 wandb_project = 'shakespeare-char'
@@ -12,8 +12,8 @@ wandb_run_name = 'cpu'
 
 dataset = 'shakespeare_char'
 gradient_accumulation_steps = 1
-batch_size = 8
-block_size = 256
+batch_size = 16
+block_size = 128
 
 # the block of Qwen3 and Muon, as in config/modern.py
 arch = 'qwen3'
@@ -24,8 +24,8 @@ n_embd = 128
 dropout = 0.0  # so small a model hardly overfits in three epochs
 
 learning_rate = 8e-3
-max_iters = 1400
-lr_decay_iters = 1400
+max_iters = 1500
+lr_decay_iters = 1500
 min_lr = 0.0
 beta2 = 0.99
 warmup_iters = 50
