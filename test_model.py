@@ -33,7 +33,7 @@ import step
 from dataset import eval_starts, load_batch, micro_batches, tokenizer, train_starts
 from devices import best_dtype, find_devices, make_mesh, side_by_side
 from model import GPT, GPTConfig, abstract_params, build, generate, num_params, sample_token, stream
-from rundir import Checkpoints, open_model
+from rundir import NO_BEST, Checkpoints, open_model
 from step import (abstract_state, batch_sharding, compile_eval, compile_step, estimate_mfu, eval_step, get_lr,
                   join_lora, lora_table, make_optimizer, mean_grads, merge_lora, place_on, shardings,
                   split_lora, state_creator, train_step)
@@ -884,7 +884,7 @@ def test_the_loss_is_the_same_on_every_mesh_and_every_mesh_goes_on_with_the_chec
         state, abstract, go_on = start_on(mesh)
         state, curve = go_on(state, 0, 10)
         checkpoints = Checkpoints(tmp_path / str(mesh))
-        checkpoints.save(10, state, {'best_iter': None})
+        checkpoints.save(10, state, NO_BEST)
         checkpoints.wait()
         saved[mesh] = jax.tree.map(np.asarray, state)
         curves[mesh] = curve + go_on(state, 10, 20)[1]
@@ -906,7 +906,7 @@ def test_qwen3_and_muon_have_the_same_loss_on_every_mesh_and_resume_on_any_other
         state, curve = go_on(state, 0, 6)
         if one is None:
             one, checkpoints = curve, Checkpoints(tmp_path)
-            checkpoints.save(6, state, {'best_iter': None})
+            checkpoints.save(6, state, NO_BEST)
             checkpoints.wait()
             one = curve + go_on(state, 6, 10)[1]
         np.testing.assert_allclose(curve, one[:6], atol=1e-4, err_msg=str(mesh))
