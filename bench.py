@@ -54,7 +54,7 @@ except ImportError:  # on Windows
 from chips import (BETWEEN_HOSTS, CHIPS, UnknownText, collectives, estimated_cycles,
                    open_topology)
 from dataset import dataset_name, load_batch, micro_batches, open_dataset, padded, train_starts
-from devices import best_dtype, count_cpus, find_devices, make_mesh
+from devices import best_dtype, count_cpus, find_devices, make_mesh, memory_errors, memory_use
 from model import (GPTConfig, decode, decoding_params, flops_per_token, init_params, num_params,
                    prefill)
 from step import (abstract_state, batch_sharding, compile_step, estimate_mfu, lower_step,
@@ -276,15 +276,11 @@ def compile_for_chips():
         print(wait, file=sys.stderr, flush=True)
         lowered = lower_step(abstract, (shape[0], batch * mesh.shape['data']), mesh, config, tx, fsdp)
         try:
-            program = lowered.compile()
-        except jax.errors.JaxRuntimeError as e:
-            if 'RESOURCE_EXHAUSTED' not in str(e):
-                raise
-            return None, str(e).splitlines()[0]
-        use = program.memory_analysis()
-        parts = dict(state=use.argument_size_in_bytes, activations=use.temp_size_in_bytes,
-                     new_state=use.output_size_in_bytes - use.alias_size_in_bytes,
-                     program=use.generated_code_size_in_bytes)
+            with memory_errors():
+                program = lowered.compile()
+        except MemoryError as e:
+            return None, str(e)
+        parts = memory_use(program) | {'program': program.memory_analysis().generated_code_size_in_bytes}
         return program, {name: size / 2**30 for name, size in parts.items()}
 
     def fits(batch):
@@ -295,9 +291,9 @@ def compile_for_chips():
     program, parts = compile(batch)
     result = describe(config, abstract, mesh, shape) | dict(
         topology=topology, device=devices[0].device_kind, dtype=config.dtype, flash=config.flash, batch=batch,
-        gib_there_are=memory, compile_s=time.perf_counter() - t)
+        gib_there_are=memory, clock_ghz=clock, compile_s=time.perf_counter() - t)
     if program is None:
-        return result | dict(fits=False, reason=parts)
+        return result | dict(fits=False, reason=parts)  # TPUs' compiler refuses; the CUDA one does not
     hlo = program.as_text()
     with refuse(UnknownText):
         found = collectives(hlo, mesh.size)
@@ -311,7 +307,7 @@ def compile_for_chips():
                    send_overlapped_s=sum(seconds_of(c) for c in found if c.overlapped))
     if largest_batch:
         low, high = (batch, 2 * batch) if result['fits'] else (0, batch)
-        while result['fits'] and high == 2 * low and fits(high):
+        while result['fits'] and fits(high):
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
@@ -361,7 +357,7 @@ def print_compile(r):
           f"of {block_size} tokens at a time")
     print_collectives(r)
     how = f"the compiler's estimate, {r['cycles'] / 1e6:,.0f}M cycles" if r['cycles'] else 'no estimate'
-    if not r['cycles'] or not CHIPS[topology.partition(':')[0]][1]:
+    if not (r['cycles'] and r['clock_ghz']):
         how += f'; this is at {chip_tflops:g} TFLOP/s (--chip_tflops)'
     print(f"computed, not measured: {r['compute_s'] * 1e3:,.1f} ms of computing ({how}) and "
           f"{r['send_s'] * 1e3:,.1f} ms of sending, of which {r['send_overlapped_s'] * 1e3:,.1f} ms meanwhile; "

@@ -190,6 +190,14 @@ def side_by_side(*functions):
         return list(threads.map(lambda function: function(), functions))
 
 
+def memory_use(program):
+    """Bytes that a compiled program needs on a device: for its arguments, between them and its
+    results, and for results that are not in the memory of an argument."""
+    use = program.memory_analysis()
+    return dict(state=use.argument_size_in_bytes, activations=use.temp_size_in_bytes,
+                new_state=use.output_size_in_bytes - use.alias_size_in_bytes)
+
+
 def compile_for(mesh, lowered):
     """Compiles a lowered program for a mesh. Raises MemoryError if it needs more than a device has:
     otherwise a CPU's operating system would kill the process without a word."""
@@ -198,9 +206,7 @@ def compile_for(mesh, lowered):
     effort = {'xla_backend_optimization_level': 1, 'xla_llvm_disable_expensive_passes': True}
     with memory_errors():
         program = lowered.compile(compiler_options=effort if on_cpu else None)
-    use = program.memory_analysis()
-    needed = (use.argument_size_in_bytes + use.temp_size_in_bytes + use.output_size_in_bytes
-              - use.alias_size_in_bytes)
+    needed = sum(memory_use(program).values())
     if on_cpu:  # simulated devices share the memory
         limit, needed = psutil.virtual_memory().total, needed * mesh.size
     else:

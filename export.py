@@ -31,12 +31,11 @@ if os.path.lexists(hf_dir):
         fail(f'hf_dir = {hf_dir!r} is there already and holds other files than an export')
 
 from devices import find_devices
-from rundir import open_model, read_run
+from rundir import open_run
 
 with refuse(ValueError, OSError):
-    read_run(out_dir)
     find_devices('cpu')
-    config, meta, read = open_model(out_dir, checkpoint)
+    config, meta, read = open_run(out_dir, checkpoint)
     files = hf.export_files(config, meta, dtype)
     tensors = hf.file_tensors(read(), config, meta['vocab_size'], dtype)
     hf.write_directory(hf_dir, files, tensors)

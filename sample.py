@@ -43,15 +43,13 @@ from tqdm import tqdm
 from dataset import tokenizer
 from devices import count_cpus, find_devices, keep_compiled
 from model import build, stream
-from rundir import open_model, read_run
+from rundir import open_model, open_run
 
 with refuse(ValueError, OSError):
-    if init_from == 'resume':
-        read_run(out_dir)
     cpus = count_cpus(find_devices(device))
     if compile_cache:
         keep_compiled()
-    config, meta, read = open_model(out_dir if init_from == 'resume' else init_from, checkpoint)
+    config, meta, read = open_run(out_dir, checkpoint) if init_from == 'resume' else open_model(init_from, checkpoint)
     config = replace(config, dtype=dtype or config.dtype, cpus=cpus)
     encode, decode, eot = tokenizer(meta['tokenizer'])
 

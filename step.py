@@ -394,10 +394,10 @@ def lower_step(state, shape, mesh, config, tx, fsdp=False):
 
 def with_flash(config, devices, wanted=True):
     """(config, text): the config with FlashAttention if that is wanted and the model and the devices
-    allow it. The text says so, or why not; it is '' where there are no GPUs."""
+    allow it. The text, for the log, says so, or why not; it is '' where there are no GPUs."""
     why_not = '' if wanted else 'flash = False'
     why_not = why_not or no_flash(devices) or config.no_flash
-    text = f'no FlashAttention ({why_not})' if why_not else "cuDNN's FlashAttention"
+    text = f', no FlashAttention ({why_not})' if why_not else ", cuDNN's FlashAttention"
     return replace(config, flash=not why_not), text if devices[0].platform == 'gpu' else ''
 
 

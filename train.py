@@ -183,7 +183,7 @@ n_params = num_params(all_params(abstract))
 n_frozen = sum(x.size for x in jax.tree.leaves(abstract['base']))
 print(f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), '
       f"mesh data={mesh.shape['data']} tensor={mesh.shape['tensor']}")
-print(f'number of parameters: {n_params / 1e6:.2f}M, matmuls in {dtype}', *filter(None, [attention]), sep=', ')
+print(f'number of parameters: {n_params / 1e6:.2f}M, matmuls in {dtype}{attention}')
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
 if lora_rank:
     print(lora_table(abstract['params'], abstract['base'], model_config))
