@@ -773,11 +773,12 @@ def test_muon_moves_every_direction_of_a_matrix_alike_and_as_far_as_adamw_does()
         make_optimizer(0.9, 0.99, 0.0, 1.0, 'sgd')
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_counted():
-    tx = make_optimizer(0.9, 0.99, 0.1, 1.0)
+@pytest.mark.parametrize('cpus', [0, 1])  # to choose between values, or to branch
+def test_an_update_that_is_not_finite_is_skipped_and_counted(cpus):
+    config, tx = dataclasses.replace(TINY, dtype='float16', cpus=cpus), make_optimizer(0.9, 0.99, 0.1, 1.0)
     batch = tokens(1, 4, 17)
-    step = lambda state: train_step(jax.tree.map(jnp.copy, state), batch, 1e-3, KEY, TINY, tx)
-    good, metrics = step(init_state(TINY, tx, 0))
+    step = lambda state: train_step(jax.tree.map(jnp.copy, state), batch, 1e-3, KEY, config, tx)
+    good, metrics = step(init_state(config, tx, 0) | {'loss_scale': jnp.float32(1)})
     assert metrics['skipped'] == 0 and (good['params']['wpe']['weight'] != init_params(TINY, 0)['wpe']['weight']).any()
     bad, metrics = step(step(good | {'loss_scale': jnp.float32(np.inf)})[0])
     close([bad['params'], bad['opt_state']], [good['params'], good['opt_state']], 0)
