@@ -282,9 +282,8 @@ with refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_er
     while iter_num <= max_iters or eval_only:
 
         # the learning rate of this iteration
-        lr = learning_rate
-        if decay_lr:
-            lr = get_lr(iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr)
+        lr = learning_rate if not decay_lr else get_lr(
+            iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr)
 
         # once in a while: save, evaluate the loss on train and val, and show what was learned
         if iter_num % eval_interval == 0 or eval_only:
