@@ -1016,6 +1016,17 @@ ENTRY %main (x: f32[256,4]) -> f32[256,4] {
   %work = f32[256,4]{1,0} fusion(%g), kind=kLoop
   %all-reduce-done = f32[256,4]{1,0} all-reduce-done(%all-reduce-start)
   %loss = f32[] all-reduce(%l), replica_groups={}, to_apply=%add
+  %first = f32[256,4]{1,0} fusion(%g), kind=kCustom, calls=%begins
+  %second = f32[256,4]{1,0} fusion(%first), kind=kCustom, calls=%goes_on
+}
+
+%begins (p: f32[256,4]) -> f32[256,4] {
+  %all-reduce.2 = f32[256,4]{1,0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add, chain_id=1
+  %start = f32[256,4]{1,0} custom-call(%all-reduce.2), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (p: f32[256,4]) -> f32[256,4] {
+  %all-reduce.3 = f32[256,4]{1,0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add, chain_id=1
 }
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -1026,7 +1037,7 @@ ENTRY %main (x: f32[256,4]) -> f32[256,4] {
 '''
     found = [(c.kind, c.times, c.bytes, c.group, c.overlapped) for c in chips.collectives(module, 8)]
     assert found == [('all-gather', 3, 4096 * 3 / 4, 4, False), ('reduce-scatter', 3, 4096 / 2, 2, False),
-                     ('all-reduce', 1, 4096 * 2 * 3 / 4, 4, True)]
+                     ('all-reduce', 1, 4096 * 2 * 3 / 4, 4, True), ('all-reduce', 1, 4096, 2, True)]
     for old, new in (("mesh['a'=4,'b'=2] {'a'}", 'somehow'), ("{'a'}", "{'c'}"),
                      ('f32[256,4]{1,0} all-reduce-start', 'huge[256,4] all-reduce-start'),
                      ('"known_trip_count":{"n":"3"}', '')):
@@ -1055,7 +1066,8 @@ for case in json.loads(sys.argv[2]):
         layouts='LayoutConstraint' in lowered.as_text(), donated=use.alias_size_in_bytes / use.output_size_in_bytes,
         moved=sum(not new.is_equivalent_to(old.sharding, old.ndim) for new, old in zip(returned, arrays, strict=True)),
         flash=['__cudnn$fmhaSoftmax"' in hlo, '__cudnn$fmhaSoftmaxBackward"' in hlo],
-        cycles=chips.estimated_cycles(hlo),
+        cycles=chips.estimated_cycles(hlo), params=sum(x.size for x in jax.tree.leaves(state['params'])),
+        bytes=sum(c.times * c.bytes for c in chips.collectives(hlo, mesh.size)),
         sent=[(c.kind, c.times > 1, c.group) for c in chips.collectives(hlo, mesh.size)])))
 '''
 
@@ -1082,6 +1094,7 @@ def test_a_step_for_chips_keeps_its_state_in_place_and_sums_gradients_once(topol
         assert bool(result['cycles']) == topology.startswith('v5e')
         assert all(result['flash']) == topology.startswith('h100')
     assert {tuple(c) for c in plain['sent']} == {('all-reduce', False, 4)}
+    assert plain['bytes'] == pytest.approx(plain['params'] * 4 * 2 * 3 / 4, rel=0.01)  # each gradient once, in float32
     kinds = {kind for kind, *_ in both['sent']}
     assert 'all-gather' in kinds and kinds & {'reduce-scatter', 'all-reduce'}
 
