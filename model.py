@@ -212,6 +212,7 @@ class Block(nnx.Module):
         self.ln_2 = NORM[config.arch](config, rngs)
         self.mlp = FEED_FORWARD[config.arch](config, rngs)
 
+    @jax.jit  # JAX then traces one block for all of them
     def __call__(self, x, key=None, cache=None, pos=0, angles=None):
         attn_key, mlp_key = ops.split_key(key, 2)
         y, cache = self.attn(self.ln_1(x), attn_key, cache, pos, angles)
@@ -354,8 +355,7 @@ def sample_token(logits, key, temperature, top_k, top_p):
 
 
 def decoding_params(params, config):
-    """Parameters as decoding reads them: matrices in the model's dtype, since each token reads all
-    of them."""
+    """Parameters as decoding reads them: matrices in the model's dtype, as each token reads all."""
     return jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
 
 
