@@ -143,6 +143,7 @@ def wait_for_request(requests):
     for fd in fds:
         os.close(fd)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as when Python starts
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where `nohup` started the tests
     return json.loads(request)
 
 
