@@ -191,6 +191,7 @@ def test_best_json_never_names_a_checkpoint_that_is_not_whole(repo):
             best = json.loads((repo / 'named/best.json').read_text())['iter']
             assert (repo / f'named/checkpoints/{best}').exists()
             named.add(best)
+        time.sleep(0.001)
     assert process.communicate()[1] == '' and len(named) > 1
 
 
