@@ -1,4 +1,4 @@
-# train a small character-level model of Python source code, in about two minutes on two CPU cores
+# train a small character-level model of Python source code, in a few minutes on two CPU cores
 # python train.py config/train_stdlib_char.py
 
 out_dir = 'out-stdlib-char'
