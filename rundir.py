@@ -276,6 +276,9 @@ class Checkpoints:
     def disk_errors(self):
         """Turns errors about a full disk, which come in many types, into a RunError that says what
         to do. A RunError waits for the save that is under way."""
+        hook = sys.unraisablehook
+        # when a write has failed, other threads still report to an event loop that Orbax has closed
+        sys.unraisablehook = lambda e: 'Event loop is closed' in str(e.exc_value) or hook(e)
         try:
             yield
         except Exception as e:
