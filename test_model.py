@@ -758,7 +758,8 @@ def test_gradients_are_clipped_by_their_global_norm_and_only_matrices_decay():
 
 def test_muon_moves_every_direction_of_a_matrix_alike_and_as_far_as_adamw_does():
     params = params_of(tiny_model(MODERN))
-    grads = jax.tree.map(lambda x: normal(*x.shape) * np.linspace(0.1, 1, len(x)).reshape(-1, *[1] * (x.ndim - 1)), params)
+    grads = jax.tree.map(lambda x: normal(*x.shape) * np.linspace(0.1, 1, len(x)).reshape(-1, *[1] * (x.ndim - 1)),
+                         params)
     tx, adamw = (make_optimizer(0.9, 0.99, 0.0, 1.0, optimizer) for optimizer in ('muon', 'adamw'))
     update = lambda tx: tx.update(grads, tx.init(params), params, norm=optax.tree.norm(grads))[0]
     updates, its = jax.jit(lambda: (update(tx), update(adamw)))()
