@@ -154,9 +154,8 @@ class Log:
     def draw(self):
         from matplotlib.figure import Figure  # without pyplot there is no window system to look for
         log = np.genfromtxt(self.path, delimiter=',', names=True, ndmin=1)
-        figure = Figure(figsize=(8, 5))
-        top, bottom = figure.subplots(2, sharex=True, height_ratios=[4, 1], gridspec_kw=dict(
-            left=0.11, right=0.98, bottom=0.1, top=0.94, hspace=0.08))
+        figure = Figure(figsize=(8, 5), layout='constrained')
+        top, bottom = figure.subplots(2, sharex=True, height_ratios=[4, 1])
         for name, style in (('loss', dict(color='tab:blue', alpha=0.3, label='batch')),
                             ('train_loss', dict(color='tab:blue', marker='.', label='train')),
                             ('val_loss', dict(color='tab:orange', marker='.', label='val'))):

@@ -212,7 +212,7 @@ class Block(nnx.Module):
         self.ln_2 = NORM[config.arch](config, rngs)
         self.mlp = FEED_FORWARD[config.arch](config, rngs)
 
-    @jax.jit  # JAX then traces one block for all of them
+    @jax.jit  # JAX traces it once for all layers
     def __call__(self, x, key=None, cache=None, pos=0, angles=None):
         attn_key, mlp_key = ops.split_key(key, 2)
         y, cache = self.attn(self.ln_1(x), attn_key, cache, pos, angles)

@@ -277,7 +277,7 @@ class Checkpoints:
         """Turns errors about a full disk, which come in many types, into a RunError that says what
         to do. A RunError waits for the save that is under way."""
         hook = sys.unraisablehook
-        # when a write has failed, other threads still report to an event loop that Orbax has closed
+        # after a failed write, threads report to an event loop that Orbax has closed, as long as they live
         sys.unraisablehook = lambda e: 'Event loop is closed' in str(e.exc_value) or hook(e)
         try:
             yield

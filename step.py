@@ -53,7 +53,7 @@ def which_optimizer(params):
     return jax.tree_util.tree_map_with_path(choose, params)
 
 
-@functools.partial(jax.jit, static_argnames='dtype')  # JAX then traces it once for all of a shape
+@functools.partial(jax.jit, static_argnames='dtype')  # JAX traces it once for all matrices of a shape
 def orthogonalize(x, dtype):
     """x (m, n) with all its singular values moved near 1, between about 0.7 and 1.2: four steps of a
     Newton-Schulz iteration, X <- a X + b (X X') X + c (X X')^2 X. It multiplies matrices in bfloat16
@@ -64,12 +64,12 @@ def orthogonalize(x, dtype):
     product = lambda x, y: jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
     a, b, c = 3.4445, -4.7750, 2.0315  # https://kellerjordan.github.io/posts/muon
     xx = product(x, x.T)
-    # No singular value is above sqrt(|X X'|), which is closer to the largest than |X| is: saves a step
+    # All singular values are at most sqrt(|X X'|). This bound is closer than |X|, which saves a step
     norm = jnp.sqrt(jnp.linalg.norm(xx)) + 1e-7
     x, xx = x / norm, xx / norm**2
     for _ in range(4):
         x = a * x + product(b * xx + c * product(xx, xx), x)
-        xx = product(x, x.T)
+        xx = product(x, x.T)  # XLA leaves out the last one
     return x
 
 

@@ -438,9 +438,9 @@ def test_lora_changes_no_bit_of_its_base_and_saves_only_adapters(repo, base):
 
 
 def test_lora_on_random_weights_trains_a_little(repo):
-    how = [*TINY, '--lora_rank=2', '--learning_rate=1e-1', '--decay_lr=False', '--out_dir=random-base']
+    how = [*TINY, '--n_layer=2', '--lora_rank=2', '--learning_rate=1e-1', '--decay_lr=False', '--out_dir=random-base']
     losses = losses_in(run(repo, 'train.py', *how), 'train')
-    assert losses[-1] < losses[0] - 0.02 and (repo / 'random-base/base').exists()
+    assert losses[-1] < losses[0] - 0.05 and (repo / 'random-base/base').exists()
     assert losses_in(resume(repo, 'random-base', '--max_iters=16'), 'train')[0] < losses[0]
 
 
@@ -829,7 +829,7 @@ def test_the_gradients_are_reduced_once_an_iteration(repo):
     assert r['micro_steps'] == 4 and r['devices'] == 8
     assert [(c['kind'], c['inside_loop'], c['count']) for c in r['collectives']] == [('all-reduce', False, 1)]
     sent = r['collectives'][0]['bytes']
-    assert sent == pytest.approx(r['parameter_bytes_per_device'] * 2 * 7 / 8, rel=1e-4)  # a ring of 8
+    assert sent == (r['parameter_bytes_per_device'] + 4) * 2 * 7 / 8  # gradients and the loss, in a ring of 8
     r = bench('--fsdp=True')
     kinds = {(c['kind'], c['inside_loop']) for c in r['collectives']}
     assert kinds == {('all-gather', True), ('reduce-scatter', True)}
