@@ -87,9 +87,14 @@ def refuse(*errors, code=2):
 
 
 def check(**bounds):
-    for key, (low, high) in bounds.items():
-        if not low <= config[key] <= high:
-            fail(f'{key} = {config[key]}: must be from {low:,} to {high:,}')
+    """Numbers must be from the first to the last of a pair, strings one of several."""
+    for key, allowed in bounds.items():
+        value, low, high = config[key], allowed[0], allowed[-1]
+        if isinstance(low, str):
+            if value not in allowed:
+                fail(f'{key} = {value!r}: must be {" or ".join(map(repr, allowed))}')
+        elif not low <= value <= high:
+            fail(f'{key} = {value}: must be from {low:,} to {high:,}')
 
 
 def _head_of(script):

@@ -25,6 +25,8 @@ FLAGS = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 if version('jaxlib').startswith('0.10.'):  # halves the time of compiling; later ones don't know the flag
     FLAGS += ' --xla_cpu_use_fusion_emitters=false'
 os.environ.setdefault('XLA_FLAGS', FLAGS)
+# The tests simulate many devices on the CPU, also where there is a GPU or a TPU.
+os.environ |= {'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': ''}
 
 # With this variable set, the scripts don't start themselves a second time to set it.
 TUNABLES = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647'

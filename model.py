@@ -162,7 +162,7 @@ class CausalSelfAttention(nnx.Module):
         config, (B, T, C) = self.config, x.shape
         attn_key, resid_key = ops.split_key(key, 2)
         qkv = self.c_attn(x).reshape(B, T, 3, config.n_head, C // config.n_head)
-        q, k, v = (a[0] for a in jnp.split(qkv.transpose(2, 0, 3, 1, 4), 3))  # (B, nh, T, hs) each
+        q, k, v = (a[:, :, 0].swapaxes(1, 2) for a in jnp.split(qkv, 3, 2))  # (B, nh, T, hs) each
         if config.arch == 'qwen3':
             q, k = ops.rotate(self.q_norm(q), angles), ops.rotate(self.k_norm(k), angles)
         if cache is not None:

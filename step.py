@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
 from devices import compile_for, no_flash, peak_flops
 from model import build, flops_per_token, init_params
+from ops import transpose
 
 # -----------------------------------------------------------------------------
 # optimizer and state
@@ -33,7 +34,7 @@ def make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer='adamw', dty
     return optax.chain(
         clip_by_norm(grad_clip) if grad_clip else optax.identity(),
         adam if optimizer == 'adamw' else optax.partition(
-            {'adamw': adam, 'muon': muon(beta1, dtype)}, which_optimizer),
+            {'adamw': adam, 'muon': muon(beta1, beta2, dtype)}, which_optimizer),
         optax.add_decayed_weights(weight_decay, matrices))
 
 
@@ -58,43 +59,59 @@ def orthogonalize(x, dtype):
     """x (m, n) with all its singular values moved near 1, between about 0.7 and 1.2: four steps of a
     Newton-Schulz iteration, X <- a X + b (X X') X + c (X X')^2 X. It multiplies matrices in bfloat16
     where the model does."""
-    if len(x) > x.shape[1]:
-        return orthogonalize(x.T, dtype).T
     dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
+    # in bfloat16, XLA's CPU code multiplies only what lies row by row in memory (0.63 of the time)
+    T = (lambda x: transpose(x, one_cpu=False)) if dtype == 'bfloat16' else jnp.transpose
+    if len(x) > x.shape[1]:
+        return orthogonalize(T(x), dtype).T
     product = lambda x, y: jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
+    gram = lambda x: product(x, T(x.astype(dtype)))
     a, b, c = 3.4445, -4.7750, 2.0315  # https://kellerjordan.github.io/posts/muon
-    xx = product(x, x.T)
+    xx = gram(x)
     # All singular values are at most sqrt(|X X'|). This bound is closer than |X|, which saves a step
     norm = jnp.sqrt(jnp.linalg.norm(xx)) + 1e-7
     x, xx = x / norm, xx / norm**2
     for _ in range(4):
         x = a * x + product(b * xx + c * product(xx, xx), x)
-        xx = product(x, x.T)  # XLA leaves out the last one
+        xx = gram(x)  # XLA leaves out the last one
     return x
 
 
-def muon(beta, dtype):
-    """Muon: momentum beta, orthogonalized, so that an update moves each direction as far. Query, key and
-    value are three matrices to it, and gate and up are two. The scale makes updates as large as
-    AdamW's, so that one learning rate does for both (https://arxiv.org/abs/2502.16982)."""
+def muon(beta1, beta2, dtype):
+    """Muon: momentum beta1, orthogonalized, so that an update moves each direction as far. Query, key
+    and value are three matrices to it, and gate and up are two. Then each column, which makes one
+    output, is divided by its root mean square over the last updates, with beta2 as in Adam (NorMuon,
+    https://arxiv.org/abs/2510.05491). The update ends as large as AdamW's usually is, 0.2, so that one
+    learning rate does for both."""
+    momentum = optax.trace(beta1, nesterov=True)
+
     def direction(u):
         matrices = [u] if u.ndim == 2 else [u[:, i] for i in range(u.shape[1])]
-        scale = 0.2 * math.sqrt(max(matrices[0].shape))
-        return scale * jnp.stack([orthogonalize(x, dtype) for x in matrices], 1).reshape(u.shape)
+        return jnp.stack([orthogonalize(x, dtype) for x in matrices], 1).reshape(u.shape)
 
-    return optax.chain(optax.trace(beta, nesterov=True),
-                       optax.stateless(lambda updates, _: jax.tree.map(direction, updates)))
+    def init(params):
+        return momentum.init(params), jax.tree.map(lambda p: jnp.zeros(p.shape[1:]), params)
+
+    def update(grads, state, params=None):
+        u, trace = momentum.update(grads, state[0])
+        u = jax.tree.map(direction, u)
+        v = jax.tree.map(lambda v, u: beta2 * v + (1 - beta2) * (u * u).mean(0), state[1], u)
+        u = jax.tree.map(lambda u, v: u / (jnp.sqrt(v) + 1e-8), u, v)
+        return jax.tree.map(lambda u: 0.2 * u / (jnp.sqrt((u * u).mean()) + 1e-8), u), (trace, v)
+
+    return optax.GradientTransformation(init, update)
 
 
-def get_lr(it, learning_rate, warmup_iters, lr_decay_iters, min_lr):
-    """The learning rate of iteration `it`: linear warm-up, then a cosine down to min_lr (nanoGPT's
-    formula)."""
+def get_lr(it, learning_rate, warmup_iters, lr_decay_iters, min_lr, schedule='cosine'):
+    """The learning rate of iteration `it`: linear warm-up, then down to min_lr, along a cosine
+    (nanoGPT's formula) or with the schedule 'linear' along a straight line."""
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if it > lr_decay_iters:
         return min_lr
     decay_ratio = (it - warmup_iters) / max(lr_decay_iters - warmup_iters, 1)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * decay_ratio)) * (learning_rate - min_lr)
+    left = 1 - decay_ratio if schedule == 'linear' else 0.5 * (1 + math.cos(math.pi * decay_ratio))
+    return min_lr + left * (learning_rate - min_lr)
 
 
 def init_state(config, tx, seed):
@@ -150,18 +167,6 @@ def merge_lora(params, config):
             x += config.lora_alpha / config.lora_rank * jnp.tensordot(A, B, 1, precision='highest')
         merged[path] = x
     return unflatten_mapping(merged)
-
-
-def lora_table(trained, frozen, config):
-    """How many parameters LoRA trains, as text."""
-    sizes = {path: x.size for path, x in flatten_mapping(trained).items()}
-    n, n_frozen = sum(sizes.values()), sum(x.size for x in jax.tree.leaves(frozen))
-    n_A = sum(size for path, size in sizes.items() if path[-1] == 'lora_A')
-    lines = [f'LoRA of rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {len(sizes) // 2} matrices']
-    for name, size, note in (('trainable', n, f'A {n_A:,}, B {n - n_A:,}'), ('frozen', n_frozen, ''),
-                             ('total', n + n_frozen, '')):
-        lines.append(f'  {name:10} {size:>15,} {100 * size / (n + n_frozen):6.2f}%  {note}'.rstrip())
-    return '\n'.join(lines)
 
 
 # -----------------------------------------------------------------------------

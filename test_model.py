@@ -32,10 +32,11 @@ import ops
 import step
 from dataset import eval_starts, load_batch, micro_batches, tokenizer, train_starts
 from devices import best_dtype, find_devices, make_mesh, side_by_side
+from log import lora_table
 from model import GPT, GPTConfig, abstract_params, build, generate, num_params, sample_token, stream
 from rundir import NO_BEST, Checkpoints, open_model
 from step import (abstract_state, batch_sharding, compile_eval, compile_step, estimate_mfu, eval_step, get_lr,
-                  join_lora, lora_table, make_optimizer, mean_grads, merge_lora, place_on, shardings,
+                  join_lora, make_optimizer, mean_grads, merge_lora, place_on, shardings,
                   split_lora, state_creator, train_step)
 
 jax.config.update('jax_num_cpu_devices', 8)  # simulated ones, for meshes
@@ -87,7 +88,7 @@ def train(config, batch_of, steps, lr=1e-2, weight_decay=0.0):
 
 # What each room may import, from the bottom up: nothing that stands below it here. The scripts may import all of them.
 ROOMS = {'chips': set(), 'devices': set(), 'dataset': set(), 'hf': {'dataset'}, 'ops': set(), 'model': {'ops', 'hf'},
-         'step': {'model', 'devices'}, 'rundir': {'step', 'model', 'hf', 'dataset', 'devices'}, 'log': {'rundir'}}
+         'step': {'model', 'devices', 'ops'}, 'rundir': {'step', 'model', 'hf', 'dataset', 'devices'}, 'log': {'rundir'}}
 
 
 @pytest.mark.parametrize('room', [*ROOMS, 'train', 'sample', 'export', 'bench'])
@@ -754,7 +755,7 @@ def test_gradients_are_clipped_by_their_global_norm_and_only_matrices_decay():
     assert abs(norm - 0.1) < 1e-3  # (1 - beta1) times a gradient of norm 1
 
 
-def test_muon_moves_every_direction_of_a_matrix_alike_and_as_far_as_adamw_does():
+def test_muon_moves_every_direction_and_every_output_alike_and_as_far_as_adamw_does():
     params = params_of(tiny_model(MODERN))
     grads = jax.tree.map(lambda x: normal(*x.shape) * np.linspace(0.1, 1, len(x)).reshape(-1, *[1] * (x.ndim - 1)),
                          params)
@@ -766,8 +767,10 @@ def test_muon_moves_every_direction_of_a_matrix_alike_and_as_far_as_adamw_does()
             close(x, y, 1e-6)
         for matrix in ([x] if x.ndim == 2 else np.swapaxes(x, 0, 1)) if path[0] == 'h' and x.ndim > 1 else []:
             sizes = np.linalg.svd(matrix, compute_uv=False) / (0.2 * math.sqrt(max(matrix.shape)))
-            assert 0.6 < np.quantile(sizes, 0.1) and sizes.max() < 1.3, path  # before, they differ tenfold and more
-            assert 0.1 < np.sqrt((matrix**2).mean()) < 0.3  # AdamW's, once it is under way
+            assert 0.5 < np.quantile(sizes, 0.1) and sizes.max() < 1.7, path  # before, they differ tenfold and more
+            np.testing.assert_allclose(np.sqrt((matrix**2).mean(0)), 0.2, rtol=1e-4)  # AdamW's, once it is under way
+    still = tx.update(jax.tree.map(jnp.zeros_like, grads), tx.init(params), params, norm=jnp.float32(0))[0]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(still))
     lora = tx.init(split_lora(init_params(LORA, 0), LORA)[0])  # adapters stay with AdamW
     assert not jax.tree.leaves(lora[1].inner_states['muon'])
     with pytest.raises(ValueError, match="optimizer = 'sgd'"):
@@ -808,6 +811,9 @@ def test_the_learning_rate_follows_nanogpt_at_its_corners():
     assert at(0) == pytest.approx(1e-3 / 101) and at(99) == pytest.approx(1e-3 * 100 / 101)
     assert at(100) == pytest.approx(1e-3) and at(550) == pytest.approx(5.5e-4)
     assert at(1000) == pytest.approx(1e-4) and at(5000) == 1e-4
+    straight = lambda it: get_lr(it, 1e-3, 100, 1000, 1e-4, 'linear')
+    assert [straight(it) for it in (0, 100, 325, 775, 1000, 5000)] == pytest.approx(
+        [1e-3 / 101, 1e-3, 7.75e-4, 3.25e-4, 1e-4, 1e-4])
     # without warm-up and with nothing to decay over, it does not divide by zero
     assert get_lr(0, 1e-3, 0, 0, 1e-4) == pytest.approx(1e-3)
 

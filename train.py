@@ -54,6 +54,7 @@ beta2 = 0.95
 grad_clip = 1.0  # clip gradients at this global norm; 0.0: don't
 # learning rate decay
 decay_lr = True
+lr_schedule = 'cosine'  # how it decays: 'cosine', or 'linear', which learns more in short runs
 warmup_iters = 2000
 lr_decay_iters = 600000  # should be about max_iters (Chinchilla)
 min_lr = 6e-5  # should be about learning_rate / 10 (Chinchilla)
@@ -88,16 +89,14 @@ from tqdm import tqdm
 
 from dataset import (dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded,
                      tokenizer, train_starts)
-from devices import (StopSignal, best_dtype, compile_for, count_cpus, find_devices, join_processes,
-                     keep_compiled, make_mesh, memory_errors, only_process_0_prints, profiled,
-                     side_by_side)
-from log import Log, log_in_to_wandb, start_wandb
+from devices import (StopSignal, best_dtype, compile_for, count_cpus, find_devices, join_processes, keep_compiled,
+                     make_mesh, memory_errors, only_process_0_prints, profiled, side_by_side)
+from log import Log, log_in_to_wandb, lora_table, start_wandb
 from model import GPTConfig, build, generate, num_params
 from rundir import (NO_BEST, Checkpoints, RunError, check_out_dir, clear_run, lock_out_dir, open_model,
                     resume_config, save_base, save_config)
-from step import (abstract_state, all_params, batch_sharding, compile_eval, compile_step,
-                  estimate_mfu, eval_step, get_lr, lora_table, make_optimizer, place_on,
-                  state_creator, train_step, with_flash)
+from step import (abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu,
+                  eval_step, get_lr, make_optimizer, place_on, state_creator, train_step, with_flash)
 
 # a resumed run keeps its own settings, except for those that are given now
 with refuse(ValueError, OSError):
@@ -112,7 +111,8 @@ check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6), 
       gradient_accumulation_steps=(1, 10**6), batch_size=(1, 10**6), learning_rate=(0, 10**3), max_iters=(0, 10**12),
       max_skipped=(1, 10**9), weight_decay=(0, 10**3), beta1=(0, 0.999999), beta2=(0, 0.999999), grad_clip=(0, 10**6),
       warmup_iters=(0, 10**12), lr_decay_iters=(0, 10**12), min_lr=(0, 10**3), seed=(0, 2**32 - 1),
-      mesh_data=(-1, 10**6), mesh_tensor=(1, 10**6), num_processes=(1, 10**6), process_id=(0, num_processes - 1))
+      mesh_data=(-1, 10**6), mesh_tensor=(1, 10**6), num_processes=(1, 10**6), process_id=(0, num_processes - 1),
+      lr_schedule=('cosine', 'linear'))
 origin = saved['config'].get('init_from', 'scratch') if init_from == 'resume' else init_from
 if lora_rank and origin == 'scratch':
     warn(f'lora_rank = {lora_rank} on random weights shows how LoRA works, but adapters alone learn little')
@@ -283,7 +283,7 @@ with refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_er
 
         # the learning rate of this iteration
         lr = learning_rate if not decay_lr else get_lr(
-            iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr)
+            iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr, lr_schedule)
 
         # once in a while: save, evaluate the loss on train and val, and show what was learned
         if iter_num % eval_interval == 0 or eval_only:

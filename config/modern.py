@@ -10,6 +10,7 @@ bias = False
 # one learning rate for both; wider models want a lower one
 learning_rate = 6e-3 * (128 / n_embd)
 decay_lr = True
+lr_schedule = 'linear'
 min_lr = 0.0
 warmup_iters = warmup_iters // 3
 beta2 = 0.99
