@@ -56,9 +56,8 @@ def which_optimizer(params):
 
 @functools.partial(jax.jit, static_argnames='dtype')  # JAX traces it once for all matrices of a shape
 def orthogonalize(x, dtype):
-    """x (m, n) with all its singular values moved near 1, between about 0.7 and 1.2: four steps of a
-    Newton-Schulz iteration, X <- a X + b (X X') X + c (X X')^2 X. It multiplies matrices in bfloat16
-    where the model does."""
+    """x (m, n) with its singular values moved near 1, to between about 0.7 and 1.2, by four steps of
+    Newton-Schulz, X <- a X + b (X X') X + c (X X')^2 X, in bfloat16 where the model multiplies in it."""
     dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
     # in bfloat16, XLA's CPU code multiplies only what lies row by row in memory (0.63 of the time)
     T = (lambda x: transpose(x, one_cpu=False)) if dtype == 'bfloat16' else jnp.transpose
@@ -80,17 +79,14 @@ def orthogonalize(x, dtype):
 def muon(beta1, beta2, dtype):
     """Muon: momentum beta1, orthogonalized, so that an update moves each direction as far. Query, key
     and value are three matrices to it, and gate and up are two. Then each column, which makes one
-    output, is divided by its root mean square over the last updates, with beta2 as in Adam (NorMuon,
-    https://arxiv.org/abs/2510.05491). The update ends as large as AdamW's usually is, 0.2, so that one
-    learning rate does for both."""
+    output, is divided by its root mean square, a mean as Adam's with beta2 (NorMuon,
+    https://arxiv.org/abs/2510.05491), and the whole made as large as AdamW's updates usually are."""
     momentum = optax.trace(beta1, nesterov=True)
+    init = lambda params: (momentum.init(params), jax.tree.map(lambda p: jnp.zeros(p.shape[1:]), params))
 
     def direction(u):
         matrices = [u] if u.ndim == 2 else [u[:, i] for i in range(u.shape[1])]
         return jnp.stack([orthogonalize(x, dtype) for x in matrices], 1).reshape(u.shape)
-
-    def init(params):
-        return momentum.init(params), jax.tree.map(lambda p: jnp.zeros(p.shape[1:]), params)
 
     def update(grads, state, params=None):
         u, trace = momentum.update(grads, state[0])

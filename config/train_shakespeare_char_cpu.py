@@ -3,7 +3,7 @@
 # python train.py config/train_shakespeare_char_cpu.py
 
 out_dir = 'out-shakespeare-char-cpu'
-eval_interval = 700
+eval_interval = 750
 eval_iters = 55  # 55 batches of 8 * 256 characters are all of the validation text, once
 log_interval = 10
 always_save_checkpoint = False
@@ -23,11 +23,11 @@ n_head = 4
 n_embd = 128
 dropout = 0.0  # so small a model hardly overfits in three epochs
 
-learning_rate = 6e-3
-max_iters = 1400
-lr_decay_iters = 1400
+learning_rate = 8e-3
+max_iters = 1500
+lr_decay_iters = 1500
 min_lr = 0.0
 lr_schedule = 'linear'
 beta2 = 0.99
 warmup_iters = 50
-weight_decay = 0.1
+weight_decay = 0.3
