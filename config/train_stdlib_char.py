@@ -2,7 +2,7 @@
 # python train.py config/train_stdlib_char.py
 
 out_dir = 'out-stdlib-char'
-eval_interval = 600
+eval_interval = 425
 eval_iters = 40
 log_interval = 10
 sample_tokens = 300  # watch it learn to write Python
@@ -23,8 +23,8 @@ n_embd = 128
 dropout = 0.0  # we draw fewer tokens than the dataset has, so we won't overfit
 
 learning_rate = 6e-3
-max_iters = 1800
-lr_decay_iters = 1800
+max_iters = 1700
+lr_decay_iters = 1700
 min_lr = 0.0
 lr_schedule = 'linear'
 beta2 = 0.99
