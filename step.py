@@ -59,7 +59,7 @@ def orthogonalize(x, dtype):
     """x (m, n) with its singular values moved near 1, to between about 0.7 and 1.2, by four steps of
     Newton-Schulz, X <- a X + b (X X') X + c (X X')^2 X, in bfloat16 where the model multiplies in it."""
     dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
-    # in bfloat16, XLA's CPU code multiplies only what lies row by row in memory (0.63 of the time)
+    # a CPU multiplies in bfloat16 only if both lie row by row in memory, else in float32 (0.63)
     T = (lambda x: transpose(x, one_cpu=False)) if dtype == 'bfloat16' else jnp.transpose
     if len(x) > x.shape[1]:
         return orthogonalize(T(x), dtype).T
@@ -79,8 +79,8 @@ def orthogonalize(x, dtype):
 def muon(beta1, beta2, dtype):
     """Muon: momentum beta1, orthogonalized, so that an update moves each direction as far. Query, key
     and value are three matrices to it, and gate and up are two. Then each column, which makes one
-    output, is divided by its root mean square, a mean as Adam's with beta2 (NorMuon,
-    https://arxiv.org/abs/2510.05491), and the whole made as large as AdamW's updates usually are."""
+    output, is divided by its root mean square, averaged over the updates with beta2 as in Adam (NorMuon,
+    https://arxiv.org/abs/2510.05491). The matrix ends with one of 0.2, which is about AdamW's."""
     momentum = optax.trace(beta1, nesterov=True)
     init = lambda params: (momentum.init(params), jax.tree.map(lambda p: jnp.zeros(p.shape[1:]), params))
 
