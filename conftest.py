@@ -19,8 +19,8 @@ from importlib.metadata import version
 
 import pytest
 
-# The tests compile many small programs and run each of them once, so let XLA optimize less. The scripts
-# ask for what they need themselves.
+# The tests compile many small programs and run each of them a few times, so let XLA optimize less. The scripts
+# go by that, too.
 FLAGS = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 if version('jaxlib').startswith('0.10.'):  # halves the time of compiling; later ones don't know the flag
     FLAGS += ' --xla_cpu_use_fusion_emitters=false'
@@ -28,16 +28,22 @@ os.environ.setdefault('XLA_FLAGS', FLAGS)
 # The tests simulate many devices on the CPU, also where there is a GPU or a TPU.
 os.environ |= {'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': ''}
 
+# Scripts that the tests start hear Ctrl-C, also where the tests run in the background of a shell that ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # With this variable set, the scripts don't start themselves a second time to set it.
 TUNABLES = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647'
 
 
 @pytest.fixture(scope='session', autouse=True)
 def shared_cache(tmp_path_factory):
-    """What one run has compiled, every later run of the session takes from the cache, in whatever worker."""
+    """What one run or test has compiled, every later one of the session takes from the cache, in whatever worker."""
+    import jax
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
     os.environ['XDG_CACHE_HOME'] = str(folder / 'cache')
+    jax.config.update('jax_compilation_cache_dir', str(folder / 'cache/tests'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
 def start(repo, script, *args, fresh=False, **env):
@@ -157,6 +163,9 @@ if __name__ == '__main__':
     for name in ('jax', 'jax.experimental.multihost_utils', 'flax.nnx', 'matplotlib.backends.backend_agg',
                  'matplotlib.figure', 'numpy', 'optax', 'orbax.checkpoint', 'safetensors.numpy', 'tiktoken', 'tqdm'):
         importlib.import_module(name)
+    figure = sys.modules['matplotlib.figure'].Figure(layout='constrained')
+    figure.subplots()
+    figure.savefig(os.devnull, format='png')  # later ones take a third of the first one's time
     gc.freeze()  # all this stays: no run need look for garbage in it
 
     repo, sys.argv, env = wait_for_request(socket.socket(fileno=int(sys.argv[1])))

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import run, start
+from conftest import TUNABLES, run, start
 from model import GPT, GPTConfig, build
 from rundir import load_model, resume_config
 from step import join_lora
@@ -69,10 +69,12 @@ def resume(repo, out_dir, *args, **how):
 
 
 def read_until(process, beginning):
-    """Reads what a process prints until a line has this beginning."""
+    """Reads what a process prints until a line has this beginning, and returns it."""
+    text = ''
     for line in process.stdout:
+        text += line
         if line.startswith(beginning):
-            return
+            return text
     raise AssertionError(f'the process never printed {beginning!r}: {process.stderr.read()}')
 
 
@@ -183,7 +185,7 @@ def test_another_dataset_has_another_best_loss(repo, whole):
 
 
 def test_best_json_never_names_a_checkpoint_that_is_not_whole(repo):
-    process = start(repo, 'train.py', *TINY, '--out_dir=named', '--n_embd=128', '--max_iters=40',
+    process = start(repo, 'train.py', *TINY, '--out_dir=named', '--n_embd=64', '--max_iters=40',
                     '--always_save_checkpoint=False')
     named = set()
     while process.poll() is None:
@@ -256,27 +258,23 @@ def test_a_signal_ends_the_run_after_saving_it(repo, number):
     rest = process.stdout.read()
     assert process.wait(timeout=60) == 128 + number
     assert f'--init_from=resume --out_dir={out_dir}' in rest
-    end = steps_in(out_dir)[-1] + 3
-    resume(repo, out_dir, f'--max_iters={end}')
-    run(repo, 'train.py', *TINY, f'--out_dir={out_dir}-not', f'--max_iters={end}')
+    done = steps_in(out_dir)[-1]
+    run(repo, 'train.py', *TINY, f'--out_dir={out_dir}-not', f'--max_iters={done - 1}')  # from 0 to done - 1
     assert_same_run(out_dir, Path(f'{out_dir}-not'))
-
-
-@pytest.mark.parametrize('number', [None, signal.SIGINT])
-def in_a_shell(repo, command, **env):
-    """What a command of bash prints, stdout and stderr. `python` is this interpreter."""
-    command = command.replace('python ', f'{sys.executable} ')
-    return subprocess.run(['bash', '-c', command], cwd=repo, text=True, encoding='utf-8', stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env=os.environ | env, timeout=300).stdout
 
 
 @unix
 def test_nothing_is_said_when_nobody_reads_from_the_beginning(repo, whole):
-    train = ' '.join(['python train.py', *TINY, '--max_iters=1'])
-    assert in_a_shell(repo, f'{train} --out_dir=headless | head -1; echo ${{PIPESTATUS[0]}}').endswith('\n141\n')
-    assert in_a_shell(repo, f'{train} --out_dir=closed >&-; echo $?') == '0\n' and steps_in(repo / 'closed') == [2]
-    sample = 'python sample.py --out_dir=whole --device=cpu --max_new_tokens=20000 --start=$\'\\n\''
-    assert in_a_shell(repo, f'{sample} | head -1; echo ${{PIPESTATUS[0]}}') == '\n141\n'
+    train = [*TINY, '--max_iters=1']
+    for command in (['train.py', *train, '--out_dir=headless'],
+                    ['sample.py', '--out_dir=whole', '--device=cpu', '--max_new_tokens=20000', '--start=\n']):
+        process = start(repo, *command)  # as in `python train.py | head -1`
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE and process.stderr.read() == ''
+    closed = subprocess.run(['sh', '-c', 'exec "$@" >&-', 'sh', sys.executable, 'train.py', *train, '--out_dir=closed'],
+                            cwd=repo, stderr=subprocess.PIPE, timeout=300)
+    assert closed.returncode == 0 and closed.stderr == b'' and steps_in(repo / 'closed') == [2]
 
 
 @unix
@@ -291,7 +289,8 @@ def test_a_terminal_that_is_closed_ends_a_run_after_saving_it_unless_nohup_start
     while b'iter 7:' not in seen:
         seen += os.read(terminal, 10000)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    # it may notice that nobody reads its output before the signal comes
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (128 + signal.SIGHUP, 128 + signal.SIGPIPE)
     assert steps_in(repo / 'hung-up')[0] >= 8
 
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -308,7 +307,7 @@ def test_a_terminal_that_is_closed_ends_a_run_after_saving_it_unless_nohup_start
 def test_ctrl_c_at_any_moment_is_one_line_and_keeps_the_run_that_is_there(repo, whole):
     """More: CTRL_C=80 python -m pytest -q test_train.py -k any_moment_is_one_line"""
     rng = np.random.default_rng(0)
-    for delay in rng.uniform(0, 2.5, int(os.environ.get('CTRL_C', 5))):
+    for delay in rng.uniform(0, 2.5, int(os.environ.get('CTRL_C', 4))):
         if not (repo / 'kept/config.json').exists():
             shutil.copytree(whole, repo / 'kept', dirs_exist_ok=True)
         args = [*TINY, '--out_dir=kept', '--overwrite=True', '--max_iters=100000']
@@ -349,15 +348,15 @@ def test_wandb_logs_without_a_network(repo):
     assert list((repo / 'wandb').glob('offline-run-*'))
 
 
-def test_nothing_that_only_unix_has_is_needed(repo):
+def test_nothing_that_only_unix_has_is_needed(repo, whole):
     """An interpreter without fcntl, resource, os.sysconf, SIGHUP and SIGPIPE, as on Windows."""
     (repo / 'no-unix').mkdir()
     (repo / 'no-unix/sitecustomize.py').write_text("import asyncio, os, psutil, signal, sys\n"  # which know Windows
                                                    "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
                                                    "del os.sysconf, signal.SIGHUP, signal.SIGPIPE\n")
-    env = dict(PYTHONPATH=str(repo / 'no-unix'), PYTHONWARNINGS='ignore')
-    run(repo, 'train.py', *TINY, '--out_dir=portable', '--max_iters=5', **env)
-    assert 'iter 7:' in resume(repo, 'portable', '--max_iters=7', **env)
+    env = dict(PYTHONPATH=str(repo / 'no-unix'), PYTHONWARNINGS='ignore', GLIBC_TUNABLES=TUNABLES)
+    shutil.copytree(whole, repo / 'portable', ignore=shutil.ignore_patterns('lock'))  # which is a lock by being there
+    assert 'iter 16:' in resume(repo, 'portable', '--max_iters=16', **env)
     assert 'But' in run(repo, 'sample.py', '--out_dir=portable', '--start=But', '--num_samples=1', '--max_new_tokens=5',
                         '--device=cpu', **env)
     run(repo, 'bench.py', *TINY, '--seconds=0', **env)
@@ -438,10 +437,10 @@ def test_lora_changes_no_bit_of_its_base_and_saves_only_adapters(repo, base):
 
 
 def test_lora_on_random_weights_trains_a_little(repo):
-    how = [*TINY, '--n_layer=2', '--lora_rank=2', '--learning_rate=1e-1', '--decay_lr=False', '--out_dir=random-base']
-    losses = losses_in(run(repo, 'train.py', *how), 'train')
+    losses = losses_in(run(repo, 'train.py', *TINY, '--lora_rank=2', '--learning_rate=1e-1', '--decay_lr=False',
+                           '--max_iters=40', '--out_dir=random-base'), 'train')
     assert losses[-1] < losses[0] - 0.05 and (repo / 'random-base/base').exists()
-    assert losses_in(resume(repo, 'random-base', '--max_iters=16'), 'train')[0] < losses[0]
+    assert losses_in(resume(repo, 'random-base', '--max_iters=46'), 'train')[0] < losses[0]
 
 
 def test_resuming_lora_changes_nothing(repo, base, adapted):
@@ -460,15 +459,12 @@ def test_resuming_lora_changes_nothing(repo, base, adapted):
 
 
 @pytest.mark.parametrize('kind', ['a model with biases', 'a model with adapters'])
-def test_an_export_is_the_model_in_gpt2s_format_and_comes_back_bit_for_bit(repo, adapted, kind):
+def test_an_export_is_the_model_in_gpt2s_format_and_comes_back_bit_for_bit(repo, tmp_path, adapted, kind):
     """NumPy's forward pass reads the file. It knows nothing of this project's model."""
     from flax.nnx.traversals import unflatten_mapping
     from safetensors.numpy import load_file
-    out_dir = adapted
-    if kind == 'a model with biases':
-        out_dir = repo / 'biases'
-        run(repo, 'train.py', *TINY, '--bias=True', f'--out_dir={out_dir}')
-    hf = repo / f'hf-{out_dir.name}'
+    out_dir = adapted if kind == 'a model with adapters' else version_1(tmp_path, 'bias')
+    hf = tmp_path / 'hf'
     run(repo, 'export.py', f'--out_dir={out_dir}', f'--hf_dir={hf}', '--checkpoint=latest')
 
     # the logits of the model as it was trained, with the adapters beside the weights that they adapt
@@ -617,19 +613,23 @@ def test_a_mistake_in_finetuning_or_export_is_named(repo, base, adapted, script,
 # runs of version 1
 
 
+def version_1(folder, kind):
+    """Extracts a run that version 1 saved after 10 iterations, and returns its directory. There are also the log of
+    its next 10 iterations, went-on.csv, and the text that version 1 wrote with it, greedy.txt."""
+    with tarfile.open(HERE / 'assets/version1.tar.xz') as archive:
+        archive.extractall(folder, [m for m in archive if m.name.startswith(kind)], filter='data')
+    return folder / kind
+
+
 @pytest.mark.parametrize('kind', ['float32', 'bfloat16', 'bias', 'lora'])
-def test_a_run_of_version_1_goes_on_and_is_exported(repo, kind):
-    """The archive holds runs that version 1 saved after 10 iterations. Beside each are the log of its next 10
-    iterations, and the text that version 1 wrote with it."""
-    out_dir = repo / 'version1' / kind
-    if not out_dir.exists():
-        with tarfile.open(HERE / 'assets/version1.tar.xz') as archive:
-            archive.extractall(repo / 'version1', [m for m in archive if m.name.startswith(kind)], filter='data')
-    hf, how = repo / f'version1-hf-{kind}', ['--start=But', '--temperature=0', '--num_samples=1', '--max_new_tokens=30']
-    run(repo, 'export.py', f'--out_dir={out_dir}', f'--hf_dir={hf}', '--checkpoint=latest')
+def test_a_run_of_version_1_goes_on_and_is_exported(repo, tmp_path, kind):
+    out_dir = version_1(tmp_path, kind)
+    how = ['--start=But', '--temperature=0', '--num_samples=1', '--max_new_tokens=30']
     text = (out_dir / 'greedy.txt').read_text(encoding='utf-8')
     assert run(repo, 'sample.py', f'--out_dir={out_dir}', '--checkpoint=latest', '--device=cpu', *how) == text
-    assert run(repo, 'sample.py', f'--init_from={hf}', '--device=cpu', *how) == text
+    if kind in ('bias', 'lora'):
+        run(repo, 'export.py', f'--out_dir={out_dir}', f'--hf_dir={tmp_path}/hf', '--checkpoint=latest')
+        assert run(repo, 'sample.py', f'--init_from={tmp_path}/hf', '--device=cpu', *how) == text
 
     resume(repo, out_dir, '--max_iters=19')
     with open(out_dir / 'went-on.csv', newline='', encoding='utf-8') as f:
@@ -648,7 +648,7 @@ def test_a_run_of_version_1_goes_on_and_is_exported(repo, kind):
 def test_kill_9_at_any_moment_loses_nothing(repo):
     """Killed again and again, also while it writes checkpoints, the run ends as one that was never stopped.
     More rounds: KILL_ROUNDS=100 python -m pytest -q test_train.py -k kill_9"""
-    rng, out_dir, rounds = np.random.default_rng(0), repo / 'killed', int(os.environ.get('KILL_ROUNDS', 3))
+    rng, out_dir, rounds = np.random.default_rng(0), repo / 'killed', int(os.environ.get('KILL_ROUNDS', 2))
     args = [*TINY, '--n_embd=64', '--eval_iters=1', '--lr_decay_iters=1000']
     killed_while_saving = 0
     for n in range(rounds):
@@ -658,7 +658,7 @@ def test_kill_9_at_any_moment_loses_nothing(repo):
         if n == 0:
             read_until(process, 'iter 12:')  # the first time, on any machine, it gets as far as some checkpoints
         try:
-            out, err = process.communicate(timeout=rng.uniform(0.5, 6))
+            out, err = process.communicate(timeout=rng.uniform(0.5, 4))
         except subprocess.TimeoutExpired:
             process.kill()
             out, err = process.communicate()
@@ -781,43 +781,38 @@ def assert_close_losses(a, b):
     np.testing.assert_allclose([x for _, x in a], [x for _, x in b], atol=1e-4)
 
 
-def test_two_processes_do_what_one_does_and_resume_exactly_after_either_is_killed(repo):
-    args = [*MANY, '--max_iters=17']
+def test_two_processes_do_what_one_does_stop_together_and_resume_exactly_after_either_is_killed(repo):
+    either = '--init_from=resume', '--out_dir=either', '--device=cpu'
     killed = start_two(repo, *MANY, '--out_dir=either', '--max_iters=100000')
     read_until(killed[0], 'iter 7:')
     killed[1].kill()
     with ThreadPoolExecutor(1) as threads:  # process 0 needs half a minute to notice, and must not need a whole one
         noticed = threads.submit(killed[0].communicate, timeout=60)
 
-        # meanwhile two processes, and then one, train undisturbed
-        (out, _), (silent, _) = wait_for_both(start_two(repo, *args, '--out_dir=both', '--sample_tokens=5'))
-        assert '4 x cpu' in out and 'iter 12: ' in out and 'a sample at step 10' in out and 'iter' not in silent
-        run(repo, 'train.py', *args, '--out_dir=alone', XLA_FLAGS='--xla_force_host_platform_device_count=4')
-        assert_close_losses(repo / 'alone', repo / 'both')
+        # meanwhile two processes train until one of them is told to stop, and one process alone trains
+        told = start_two(repo, *MANY, '--out_dir=both', '--max_iters=100000', '--sample_tokens=5')
+        out = read_until(told[0], 'iter 22:')
+        assert '4 x cpu' in out and 'iter 12: ' in out and 'a sample at step 10' in out
+        told[1].send_signal(signal.SIGTERM)
+        (out, _), (silent, _) = wait_for_both(told, code=128 + signal.SIGTERM)
+        assert 'stopped by SIGTERM' in out and 'iter' not in silent
+        done = steps_in(repo / 'both')[-1]
+        run(repo, 'train.py', *MANY, '--out_dir=alone', f'--max_iters={done + 3}')
 
         out, err = noticed.result()
         assert killed[0].returncode != 0 and 'another task died' in err, out + err
 
-    killed = start_two(repo, '--init_from=resume', '--out_dir=either', '--device=cpu', '--max_iters=100000')
+    killed = start_two(repo, *either, '--max_iters=100000')
     read_until(killed[0], 'iter 12:')
     killed[0].kill()
     out, err = killed[1].communicate(timeout=60)
     assert killed[1].returncode != 0 and 'another task died' in err, out + err
 
-    wait_for_both(start_two(repo, '--init_from=resume', '--out_dir=either', '--device=cpu', '--max_iters=17'))
+    wait_for_both(start_two(repo, *either, f'--max_iters={done - 1}'))
     assert_same_run(repo / 'either', repo / 'both')
-
-
-def test_a_signal_to_one_process_stops_all_at_the_same_iteration(repo):
-    processes = start_two(repo, *MANY, '--out_dir=told', '--max_iters=100000', '--fsdp=True')
-    read_until(processes[0], 'iter 7:')
-    processes[1].send_signal(signal.SIGTERM)
-    (out, _), _ = wait_for_both(processes, code=128 + signal.SIGTERM)
-    assert 'stopped by SIGTERM' in out
-    end = steps_in(repo / 'told')[-1] + 4
-    resume(repo, 'told', f'--max_iters={end}', '--fsdp=False')  # one process alone
-    run(repo, 'train.py', *MANY, '--out_dir=untold', f'--max_iters={end}')
-    assert_close_losses(repo / 'told', repo / 'untold')
+    wait_for_both(start_two(repo, *either, '--fsdp=True', f'--max_iters={done + 1}'))
+    resume(repo, 'either', '--fsdp=False', f'--max_iters={done + 3}')  # one process alone, from what two have saved
+    assert_close_losses(repo / 'either', repo / 'alone')
 
 
 def test_the_gradients_are_reduced_once_an_iteration(repo):
@@ -1008,7 +1003,7 @@ def test_a_broken_off_preparation_starts_again_cleanly(repo, offline):
     here, tmp = repo / 'data/tinystories', repo / 'data/tinystories/train.bin.tmp'
     bins = lambda folder: [(folder / f'{split}.bin').read_bytes() for split in ('train', 'val')]
     parquet(repo / 'few/stories.parquet', STORIES[:400])
-    parquet(repo / 'many/stories.parquet', STORIES[:2500] * 20)
+    parquet(repo / 'many/stories.parquet', STORIES[:2500] * 12)
 
     def break_off(number):
         """Sends a signal when a part is written. The pipes close in time only if all its processes end."""
@@ -1016,7 +1011,7 @@ def test_a_broken_off_preparation_starts_again_cleanly(repo, offline):
         process = subprocess.Popen([sys.executable, 'data/tinystories/prepare.py', '--files', 'many'], cwd=repo,
                                    env=os.environ | offline, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    text=True, start_new_session=True)
-        written = lambda: tmp.exists() and tmp.stat().st_mtime > began and tmp.stat().st_size > 2**22
+        written = lambda: tmp.exists() and tmp.stat().st_mtime > began and tmp.stat().st_size > 2**20
         while process.poll() is None and not written():
             time.sleep(0.01)
         send = os.killpg if number == signal.SIGINT else os.kill  # a terminal sends Ctrl-C to all of them
@@ -1038,7 +1033,7 @@ def test_a_broken_off_preparation_starts_again_cleanly(repo, offline):
     assert break_off(signal.SIGKILL)[0] == -signal.SIGKILL and tmp.exists() and bins(here) == whole
     run(repo, 'data/tinystories/prepare.py', '--files', 'many', **offline)
     run(repo, 'data/openwebtext/prepare.py', '--files', 'many', '--num_proc=3', **offline)  # this one ran through
-    assert bins(here) == bins(repo / 'data/openwebtext') and len(documents_of(here / 'train.bin')) == 49975
+    assert bins(here) == bins(repo / 'data/openwebtext') and len(documents_of(here / 'train.bin')) == 29985
 
 
 def test_documents_stay_on_the_disk_and_few_are_on_their_way_to_be_tokenized(repo, offline):
@@ -1383,7 +1378,7 @@ def test_no_command_line_and_no_damage_ends_in_a_traceback_or_loses_anything(rep
     except that it puts a damaged checkpoint aside. One that succeeds leaves all intact checkpoints but older ones.
     More: FUZZ=2000 python -m pytest -q test_train.py -k no_command_line"""
     import random
-    precious, n = repo / 'precious', int(os.environ.get('FUZZ', 24))
+    precious, n = repo / 'precious', int(os.environ.get('FUZZ', 16))
     (repo / 'precious.py').write_text('for i in range(2):\n    max_iters = 12 + i\n')
     keys = {script: list(load_config(script)) for script in ('train.py', 'sample.py', 'export.py')}
     for i in range(n):
