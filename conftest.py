@@ -38,12 +38,11 @@ TUNABLES = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_thr
 @pytest.fixture(scope='session', autouse=True)
 def shared_cache(tmp_path_factory):
     """What one run or test has compiled, every later one of the session takes from the cache, in whatever worker."""
-    import jax
+    from devices import keep_compiled
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
     os.environ['XDG_CACHE_HOME'] = str(folder / 'cache')
-    jax.config.update('jax_compilation_cache_dir', str(folder / 'cache/tests'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+    keep_compiled()
 
 
 def start(repo, script, *args, fresh=False, **env):
@@ -163,9 +162,10 @@ if __name__ == '__main__':
     for name in ('jax', 'jax.experimental.multihost_utils', 'flax.nnx', 'matplotlib.backends.backend_agg',
                  'matplotlib.figure', 'numpy', 'optax', 'orbax.checkpoint', 'safetensors.numpy', 'tiktoken', 'tqdm'):
         importlib.import_module(name)
-    figure = sys.modules['matplotlib.figure'].Figure(layout='constrained')
+    from matplotlib.figure import Figure
+    figure = Figure(layout='constrained')  # the first picture takes longer than later ones
     figure.subplots()
-    figure.savefig(os.devnull, format='png')  # later ones take a third of the first one's time
+    figure.savefig(os.devnull, format='png')
     gc.freeze()  # all this stays: no run need look for garbage in it
 
     repo, sys.argv, env = wait_for_request(socket.socket(fileno=int(sys.argv[1])))

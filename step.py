@@ -59,7 +59,7 @@ def orthogonalize(x, dtype):
     """x (m, n) with its singular values moved near 1, to between about 0.7 and 1.2, by four steps of
     Newton-Schulz, X <- a X + b (X X') X + c (X X')^2 X, in bfloat16 where the model multiplies in it."""
     dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
-    # a CPU multiplies in bfloat16 only if both lie row by row in memory, else in float32 (0.63)
+    # CPUs multiply in bfloat16 only what lies row by row in memory, the rest in float32 (0.63)
     T = (lambda x: transpose(x, one_cpu=False)) if dtype == 'bfloat16' else jnp.transpose
     if len(x) > x.shape[1]:
         return orthogonalize(T(x), dtype).T

@@ -642,7 +642,7 @@ def test_one_cpu_computes_a_batch_as_two_halves_with_dropout_of_their_own(monkey
         config = dataclasses.replace(SMALL, **changes)
         return jax.jit(lambda: mean_grads(params, {}, batch[None], 1.0, KEY, config))()
 
-    for B, halves in ((1, [1]), (3, [2, 1])):
+    for B, halves in ((1, [1]), (3, [2, 1]), (4, [2, 2])):
         batch = tokens(B, 17)
         whole = grads(batch)
         assert calls == [B]
@@ -664,7 +664,7 @@ def test_less_memory_is_the_same_gradient(less):
 
 
 def test_chunks_of_the_loss_take_less_memory():
-    config, batch = dataclasses.replace(TINY, vocab_size=5000, n_layer=1), tokens(64, 17)
+    config, batch = dataclasses.replace(SMALL, vocab_size=5000), tokens(64, 17)
 
     def scratch(chunks):
         loss = lambda params: build(dataclasses.replace(config, loss_chunks=chunks), params).loss(batch)
@@ -910,9 +910,7 @@ def assert_each_device_holds_its_part(state, mesh):
         assert weight.addressable_shards[0].data.size == weight.size // tensor // (data if fsdp else 1)
 
 
-def test_the_loss_is_the_same_on_every_mesh_and_a_mesh_goes_on_with_the_checkpoint_of_another(tmp_path):
-    """Each with its own checkpoint, that of one device, and that of the mesh before it.
-    All 49 pairs: PAIRS=all python -m pytest -q test_model.py -k checkpoint_of_another"""
+def test_the_loss_is_the_same_on_every_mesh_and_every_mesh_goes_on_with_the_checkpoint_of_every_other(tmp_path):
     runs, curves, saved = {}, {}, {}
     for mesh in MESHES:
         state, abstract, go_on = start_on(mesh)
@@ -927,10 +925,10 @@ def test_the_loss_is_the_same_on_every_mesh_and_a_mesh_goes_on_with_the_checkpoi
         runs[mesh] = checkpoints, abstract, go_on
     one = curves[MESHES[0]]
     assert one[-1] < one[0] - 0.1
-    for i, mesh in enumerate(MESHES):
+    for mesh in MESHES:
         np.testing.assert_allclose(curves[mesh], one, atol=1e-4, err_msg=str(mesh))
-        for other in MESHES if os.environ.get('PAIRS') == 'all' else {mesh, MESHES[0], MESHES[i - 1]}:
-            state, _ = runs[other][0].restore(runs[mesh][1])
+        for other, (checkpoints, _, _) in runs.items():
+            state, _ = checkpoints.restore(runs[mesh][1])
             assert jax.tree.all(jax.tree.map(np.array_equal, state, saved[other])), (mesh, other)
         np.testing.assert_allclose(runs[mesh][2](state, 6, 8)[1], one[6:8], atol=1e-4)
 
@@ -956,7 +954,7 @@ def test_qwen3_and_muon_have_the_same_loss_on_every_mesh_and_resume_on_any_other
 @pytest.mark.parametrize('shape', [dict(n_head=3, n_embd=33, block_size=15), dict(n_head=4, n_embd=128, block_size=64)],
                          ids=str)
 def test_bfloat16_trains_like_float32_in_the_code_for_one_cpu(shape):
-    config, curves = dataclasses.replace(TINY, n_layer=1, dropout=0.1, cpus=1, **shape), []
+    config, curves = dataclasses.replace(SMALL, dropout=0.1, cpus=1, **shape), []
     batch_of = lambda step: tokens(2, 4, config.block_size + 1, seed=step % 3)
     for dtype in ('float32', 'bfloat16'):
         config = dataclasses.replace(config, dtype=dtype)
@@ -966,7 +964,7 @@ def test_bfloat16_trains_like_float32_in_the_code_for_one_cpu(shape):
     assert generate(build(config, state['params']), tokens(1, 3), 30, key=KEY).shape == (1, 33)
 
 
-@pytest.mark.parametrize('mesh', [MESHES[4], MESHES[6]])
+@pytest.mark.parametrize('mesh', [MESHES[0], MESHES[4], MESHES[6]])
 def test_bfloat16_trains_like_float32(mesh):
     one, half = ((state, go_on(state, 0, 20)[1]) for state, _, go_on in (
         start_on(mesh, dataclasses.replace(WIDE, dtype=dtype)) for dtype in ('float32', 'bfloat16')))

@@ -283,14 +283,14 @@ def test_a_terminal_that_is_closed_ends_a_run_after_saving_it_unless_nohup_start
     command = [*TINY, '--max_iters=100000', '--eval_interval=100000']
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where `nohup` started the tests
         os.chdir(repo)
         os.execv(sys.executable, [sys.executable, 'train.py', *command, '--out_dir=hung-up'])
     seen = b''
     while b'iter 7:' not in seen:
         seen += os.read(terminal, 10000)
     os.close(terminal)
-    # it may notice that nobody reads its output before the signal comes
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (128 + signal.SIGHUP, 128 + signal.SIGPIPE)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
     assert steps_in(repo / 'hung-up')[0] >= 8
 
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -627,9 +627,8 @@ def test_a_run_of_version_1_goes_on_and_is_exported(repo, tmp_path, kind):
     how = ['--start=But', '--temperature=0', '--num_samples=1', '--max_new_tokens=30']
     text = (out_dir / 'greedy.txt').read_text(encoding='utf-8')
     assert run(repo, 'sample.py', f'--out_dir={out_dir}', '--checkpoint=latest', '--device=cpu', *how) == text
-    if kind in ('bias', 'lora'):
-        run(repo, 'export.py', f'--out_dir={out_dir}', f'--hf_dir={tmp_path}/hf', '--checkpoint=latest')
-        assert run(repo, 'sample.py', f'--init_from={tmp_path}/hf', '--device=cpu', *how) == text
+    run(repo, 'export.py', f'--out_dir={out_dir}', f'--hf_dir={tmp_path}/hf', '--checkpoint=latest')
+    assert run(repo, 'sample.py', f'--init_from={tmp_path}/hf', '--device=cpu', *how) == text
 
     resume(repo, out_dir, '--max_iters=19')
     with open(out_dir / 'went-on.csv', newline='', encoding='utf-8') as f:
