@@ -47,11 +47,12 @@ def shared_cache(tmp_path_factory):
 
 def start(repo, script, *args, fresh=False, **env):
     """Starts `python script *args` in the folder `repo`, with some more environment variables. `fresh` asks for a new
-    interpreter. So does any variable but XLA_FLAGS, because the libraries may have read it when they were imported."""
+    interpreter. So do most variables, because the libraries may have read them when they were imported."""
     args = [script, *map(str, args)]
     if 'XLA_FLAGS' in env:  # in addition to those above; of two that contradict each other, the last one counts
         env['XLA_FLAGS'] = f"{os.environ['XLA_FLAGS']} {env['XLA_FLAGS']}"
-    if fresh or sys.platform != 'linux' or script.startswith(('-', 'data/')) or env.keys() - {'XLA_FLAGS'}:
+    late = {'XLA_FLAGS', 'PYTHONPATH', 'PYTHONWARNINGS', 'GLIBC_TUNABLES'}  # those that a fork can still heed
+    if fresh or sys.platform != 'linux' or script.startswith(('-', 'data/')) or env.keys() - late:
         return subprocess.Popen([sys.executable, *args], cwd=repo, text=True, encoding='utf-8', stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, env=os.environ | {'WANDB_MODE': 'offline'} | env)
     return Fork(json.dumps([str(repo), args, env]).encode())
@@ -172,6 +173,10 @@ if __name__ == '__main__':
     os.chdir(repo)
     os.environ.update(env)
     sys.path[0] = repo
+    if 'PYTHONPATH' in env:  # as when Python starts
+        sys.path.insert(1, env['PYTHONPATH'])
+        sys.modules.pop('sitecustomize', None)
+        importlib.import_module('sitecustomize')
     with open(sys.argv[0], encoding='utf-8') as f:
         program = compile(f.read(), sys.argv[0], 'exec')
     script = sys.modules['__main__'] = types.ModuleType('__main__')

@@ -267,7 +267,7 @@ def test_a_signal_ends_the_run_after_saving_it(repo, number):
 def test_nothing_is_said_when_nobody_reads_from_the_beginning(repo, whole):
     train = [*TINY, '--max_iters=1']
     for command in (['train.py', *train, '--out_dir=headless'],
-                    ['sample.py', '--out_dir=whole', '--device=cpu', '--max_new_tokens=20000', '--start=\n']):
+                    ['sample.py', '--out_dir=whole', '--device=cpu', '--max_new_tokens=2000', '--start=\n']):
         process = start(repo, *command)  # as in `python train.py | head -1`
         assert process.stdout.readline()
         process.stdout.close()
@@ -355,7 +355,7 @@ def test_nothing_that_only_unix_has_is_needed(repo):
                                                    "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
                                                    "del os.sysconf, signal.SIGHUP, signal.SIGPIPE\n")
     env = dict(PYTHONPATH=str(repo / 'no-unix'), PYTHONWARNINGS='ignore', GLIBC_TUNABLES=TUNABLES)
-    run(repo, 'train.py', *TINY, '--out_dir=portable', '--max_iters=5', **env)
+    run(repo, 'train.py', *TINY, '--out_dir=portable', '--max_iters=5', fresh=True, **env)
     assert 'iter 7:' in resume(repo, 'portable', '--max_iters=7', **env)
     assert 'But' in run(repo, 'sample.py', '--out_dir=portable', '--start=But', '--num_samples=1', '--max_new_tokens=5',
                         '--device=cpu', **env)

@@ -3,7 +3,7 @@
 # python train.py config/train_shakespeare_char_cpu.py
 
 out_dir = 'out-shakespeare-char-cpu'
-eval_interval = 750
+eval_interval = 700
 eval_iters = 55  # 55 batches of 8 * 256 characters are all of the validation text, once
 log_interval = 10
 always_save_checkpoint = False
@@ -24,8 +24,8 @@ n_embd = 128
 dropout = 0.0  # so small a model hardly overfits in three epochs
 
 learning_rate = 8e-3
-max_iters = 1500
-lr_decay_iters = 1500
+max_iters = 1400
+lr_decay_iters = 1400
 min_lr = 0.0
 lr_schedule = 'linear'
 beta2 = 0.99
