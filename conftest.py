@@ -51,8 +51,8 @@ def start(repo, script, *args, fresh=False, **env):
     args = [script, *map(str, args)]
     if 'XLA_FLAGS' in env:  # in addition to those above; of two that contradict each other, the last one counts
         env['XLA_FLAGS'] = f"{os.environ['XLA_FLAGS']} {env['XLA_FLAGS']}"
-    late = {'XLA_FLAGS', 'PYTHONPATH', 'PYTHONWARNINGS', 'GLIBC_TUNABLES'}  # those that a fork can still heed
-    if fresh or sys.platform != 'linux' or script.startswith(('-', 'data/')) or env.keys() - late:
+    fork = sys.platform == 'linux' and not fresh and not script.startswith(('-', 'data/'))
+    if not fork or env.keys() - {'XLA_FLAGS', 'PYTHONPATH'}:
         return subprocess.Popen([sys.executable, *args], cwd=repo, text=True, encoding='utf-8', stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, env=os.environ | {'WANDB_MODE': 'offline'} | env)
     return Fork(json.dumps([str(repo), args, env]).encode())
@@ -175,7 +175,7 @@ if __name__ == '__main__':
     sys.path[0] = repo
     if 'PYTHONPATH' in env:  # as when Python starts
         sys.path.insert(1, env['PYTHONPATH'])
-        sys.modules.pop('sitecustomize', None)
+        sys.modules.pop('sitecustomize', None)  # some systems have one of their own
         importlib.import_module('sitecustomize')
     with open(sys.argv[0], encoding='utf-8') as f:
         program = compile(f.read(), sys.argv[0], 'exec')
