@@ -155,7 +155,8 @@ class Log:
     def draw(self):
         from matplotlib.figure import Figure  # without pyplot there is no window system to look for
         log = np.genfromtxt(self.path, delimiter=',', names=True, ndmin=1)
-        figure = Figure(figsize=(8, 5), layout='constrained')
+        figure = Figure(figsize=(8, 5))
+        figure.subplots_adjust(left=0.11, right=0.98, bottom=0.1, top=0.93, hspace=0.15)
         top, bottom = figure.subplots(2, sharex=True, height_ratios=[4, 1])
         for name, style in (('loss', dict(color='tab:blue', alpha=0.3, label='batch')),
                             ('train_loss', dict(color='tab:blue', marker='.', label='train')),

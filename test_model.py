@@ -715,7 +715,7 @@ def test_a_markov_source_is_learned_to_its_entropy():
         for t in range(16):
             x[:, t + 1] = (rng.random((B, 1)) > P[x[:, t]].cumsum(1)).sum(1).clip(max=V - 1)
         return x[None]
-    state, _ = train(config, chain, 300)
+    state, _ = train(config, chain, 200)
     held_out = np.concatenate([chain(10**6 + i) for i in range(20)])
     entropy = -np.log(P[held_out[:, :, :-1], held_out[:, :, 1:]]).mean()  # of this very sample under the true source
     assert entropy - 1e-3 < eval_step(state['params'], held_out, config) < 1.02 * entropy
@@ -867,7 +867,7 @@ def test_micro_batches_hold_what_a_device_can_take():
 # many devices: (data, tensor, fsdp)
 
 MESHES = [(1, 1, False), (8, 1, False), (4, 2, False), (2, 4, False), (1, 8, False), (8, 1, True), (4, 2, True)]
-WIDE = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=8, n_embd=64, bias=True)
+WIDE = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=8, n_embd=64)
 
 
 def mesh_of(data, tensor):
@@ -934,7 +934,7 @@ def test_the_loss_is_the_same_on_every_mesh_and_every_mesh_goes_on_with_the_chec
 
 
 def test_qwen3_and_muon_have_the_same_loss_on_every_mesh_and_resume_on_any_other(tmp_path):
-    one, checkpoints, config = None, None, dataclasses.replace(WIDE, arch='qwen3', bias=False)
+    one, checkpoints, config = None, None, dataclasses.replace(WIDE, arch='qwen3')
     for mesh in (MESHES[0], MESHES[2], MESHES[4], MESHES[5], MESHES[6]):
         state, abstract, go_on = start_on(mesh, config, 'muon')
         state, curve = go_on(state, 0, 6)
@@ -964,12 +964,16 @@ def test_bfloat16_trains_like_float32_in_the_code_for_one_cpu(shape):
     assert generate(build(config, state['params']), tokens(1, 3), 30, key=KEY).shape == (1, 33)
 
 
-@pytest.mark.parametrize('mesh', [MESHES[0], MESHES[4], MESHES[6]])
-def test_bfloat16_trains_like_float32(mesh):
-    one, half = ((state, go_on(state, 0, 20)[1]) for state, _, go_on in (
-        start_on(mesh, dataclasses.replace(WIDE, dtype=dtype)) for dtype in ('float32', 'bfloat16')))
-    assert 0 < np.abs(np.subtract(one[1], half[1])).max() < 5e-3
-    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(half[0]))
+def test_a_model_with_biases_has_the_same_loss_on_every_mesh_and_almost_so_in_bfloat16():
+    one = None
+    for mesh in (MESHES[0], MESHES[4], MESHES[6]):
+        full, half = (go_on(state, 0, 10) for state, _, go_on in (
+            start_on(mesh, dataclasses.replace(WIDE, bias=True, dtype=dtype)) for dtype in ('float32', 'bfloat16')))
+        one = one or full[1]
+        np.testing.assert_allclose(full[1], one, atol=1e-4, err_msg=str(mesh))
+        assert 0 < np.abs(np.subtract(full[1], half[1])).max() < 5e-3
+        assert_each_device_holds_its_part(full[0], mesh)
+        assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(half[0]))
 
 
 @pytest.mark.parametrize('kind, platforms, gpus', [
@@ -995,9 +999,9 @@ def test_the_best_dtype_is_the_one_that_there_are_instructions_for(platform, cpu
 
 
 def test_lora_is_the_same_on_every_mesh(tmp_path):
-    gpt2_files(tmp_path, TINY)
+    gpt2_files(tmp_path, SMALL)
     (tmp_path / 'meta.json').write_text(json.dumps({'vocab_size': 37, 'tokenizer': {}}))
-    config, tx, batch = dataclasses.replace(LORA, lora_rank=8), make_optimizer(0.9, 0.99, 0.1, 1.0), tokens(2, 8, 17)
+    config, tx, batch = dataclasses.replace(LORA, n_layer=1, lora_rank=8), make_optimizer(0.9, 0.99, 0.1, 1.0), tokens(2, 8, 17)
     adapters = sum(x.size for x in jax.tree.leaves(split_lora(init_params(config, 0), config)[0]))
     alone = None
     for data, tensor, fsdp in ((1, 1, False), (8, 1, False), (4, 2, True), (2, 4, False)):
@@ -1020,7 +1024,7 @@ def test_lora_is_the_same_on_every_mesh(tmp_path):
         losses = metrics['loss'], eval_step(join_lora(state['params'], state['base']), batch, config)
         alone = alone or (losses, state['params'])
         close(losses, alone[0], 1e-5)
-        close(state['params'], alone[1], 2e-5)  # after three steps of 1e-2: Adam makes much of a gradient next to zero
+        close(state['params'], alone[1], 1e-4)  # after three steps of 1e-2: Adam makes much of a gradient next to zero
 
 
 # -----------------------------------------------------------------------------

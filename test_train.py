@@ -267,7 +267,8 @@ def test_a_signal_ends_the_run_after_saving_it(repo, number):
 def test_nothing_is_said_when_nobody_reads_from_the_beginning(repo, whole):
     train = [*TINY, '--max_iters=1']
     for command in (['train.py', *train, '--out_dir=headless'],
-                    ['sample.py', '--out_dir=whole', '--device=cpu', '--max_new_tokens=2000', '--start=\n']):
+                    ['sample.py', '--out_dir=whole', '--device=cpu', '--max_new_tokens=250', '--num_samples=400',
+                     '--start=\n']):  # more than a pipe holds
         process = start(repo, *command)  # as in `python train.py | head -1`
         assert process.stdout.readline()
         process.stdout.close()
@@ -360,6 +361,272 @@ def test_nothing_that_only_unix_has_is_needed(repo):
     assert 'But' in run(repo, 'sample.py', '--out_dir=portable', '--start=But', '--num_samples=1', '--max_new_tokens=5',
                         '--device=cpu', **env)
     run(repo, 'bench.py', *TINY, '--seconds=0', **env)
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+def test_the_embedded_dataset_needs_nothing_but_python(repo):
+    run(repo, 'data/stdlib_char/prepare.py')
+    here = repo / 'data/stdlib_char'
+    meta = json.loads((here / 'meta.json').read_text())
+    train, val = (np.fromfile(here / f'{split}.bin', '<u2') for split in ('train', 'val'))
+    assert len(train) > 4_000_000 and 0.05 < len(val) / len(train) < 0.2
+    assert max(train.max(), val.max()) < meta['vocab_size'] == len(meta['tokenizer']['chars'])
+    text = ''.join(meta['tokenizer']['chars'][i] for i in val)
+    assert text.isascii() and 'import ' in text and '\n\tdef ' in text
+
+
+def test_prepared_text_reads_back_as_it_was(repo):
+    text = 'Grüße, 世界! \r\n\n  ' + ROMEO * 30
+    (repo / 'a.txt').write_bytes(text.encode())
+    (repo / 'b.txt').write_bytes(b'\xef\xbb\xbf' + ROMEO.encode())  # with a byte order mark
+    run(repo, 'data/text/prepare.py', 'a.txt', 'b.txt', '--name=own')
+    chars = json.loads((repo / 'data/own/meta.json').read_text(encoding='utf-8'))['tokenizer']['chars']
+    back = ''.join(chars[i] for split in ('train', 'val') for i in np.fromfile(repo / f'data/own/{split}.bin', '<u2'))
+    assert back == text.replace('\r\n', '\n') + ROMEO
+
+
+def test_bpe_of_a_file_in_pieces_equals_bpe_of_the_whole(repo):
+    enc = gpt2s_tokenizer()
+    text = ''.join(f'{i} {ROMEO}\n\n  \t{i}' for i in range(25_000))  # 3 MB: three pieces
+    (repo / 'long.txt').write_text(text, encoding='utf-8')
+    run(repo, 'data/text/prepare.py', 'long.txt', 'verse.txt', '--name=bpe', '--tokenizer=gpt2')
+    ids = np.concatenate([np.fromfile(repo / f'data/bpe/{split}.bin', '<u2') for split in ('train', 'val')])
+    want = enc.encode_ordinary(text) + [enc.eot_token] + enc.encode_ordinary(ROMEO * 40) + [enc.eot_token]
+    assert ids.tolist() == want
+
+
+def test_a_dataset_is_not_replaced_without_a_word(repo):
+    run(repo, 'data/text/prepare.py', 'verse.txt', '--name=kept')
+    before = (repo / 'data/kept/train.bin').read_bytes()
+    (repo / 'other.txt').write_text(ROMEO.upper() * 10)
+    for name in ('kept', 'openwebtext'):
+        assert '--overwrite' in run(repo, 'data/text/prepare.py', 'other.txt', f'--name={name}', code=2)
+    assert (repo / 'data/kept/train.bin').read_bytes() == before and not (repo / 'data/openwebtext/meta.json').exists()
+    run(repo, 'data/text/prepare.py', 'other.txt', '--name=kept', '--overwrite')
+    assert (repo / 'data/kept/train.bin').read_bytes() != before
+    assert 'is a folder' in run(repo, 'data/text/prepare.py', 'data', code=2)
+
+
+def test_help_prepares_nothing(repo):
+    for name in ('shakespeare_char', 'shakespeare', 'stdlib_char'):
+        before = sorted((repo / 'data' / name).iterdir())
+        assert f'python data/{name}/prepare.py' in run(repo, f'data/{name}/prepare.py', '--help')
+        assert sorted((repo / 'data' / name).iterdir()) == before
+
+
+def test_a_folder_that_nanogpt_prepared_is_converted_without_loading_a_pickle(repo):
+    import pickle
+    folder, chars = repo / 'data/nanogpts', json.loads((repo / 'data/tiny/meta.json').read_text())['tokenizer']['chars']
+    shutil.copytree(repo / 'data/tiny', folder)
+    meta = {'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
+    (folder / 'meta.json').rename(repo / 'expected.json')
+    for protocol in (2, 4, 5):
+        (folder / 'meta.json').unlink(missing_ok=True)
+        (folder / 'meta.pkl').write_bytes(pickle.dumps(meta, protocol))
+        error = run(repo, 'train.py', *TINY, '--dataset=nanogpts', '--out_dir=nanogpts', code=2)
+        command = re.search(r'run python (data/from_nanogpt.py data/nanogpts/meta.pkl)$', error)[1]
+        run(repo, *command.split())
+        assert (folder / 'meta.json').read_bytes() == (repo / 'expected.json').read_bytes()
+    (folder / 'meta.pkl').write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+    for content in (folder / 'meta.pkl').read_bytes(), b'', b'}', pickle.dumps({'itos': {0: 'ab'}}), pickle.dumps([1]):
+        (folder / 'meta.pkl').write_bytes(content)
+        error = run(repo, 'data/from_nanogpt.py', 'data/nanogpts/meta.pkl', code=1)
+        assert error.startswith('from_nanogpt.py: error: ') and len(error.splitlines()) == 1
+    assert not (repo / 'hacked').exists()
+    (repo / 'theirs').mkdir()
+    (repo / 'theirs/ckpt.pt').write_bytes(b'')
+    for arg in '--out_dir=theirs', '--init_from=theirs/ckpt.pt', '--init_from=theirs':
+        assert 'run python data/from_nanogpt.py theirs/ckpt.pt' in run(repo, 'sample.py', arg, code=2)
+
+
+def test_a_bad_text_is_refused_and_leaves_no_half_dataset(repo):
+    (repo / 'latin1.txt').write_bytes('Grüße'.encode('latin-1') * 100)
+    (repo / 'short.txt').write_text('abc')
+    (repo / 'empty.txt').write_text('')
+    many = ''.join(map(chr, [*range(0x20, 0xd800), *range(0xe000, 0x1d000)]))
+    (repo / 'chinese.txt').write_text(many, encoding='utf-8')
+    for name, message in (('latin1.txt', 'not UTF-8'), ('short.txt', 'too few'), ('empty.txt', 'too few'),
+                          ('none.txt', 'no such file'), ('chinese.txt', 'do not fit uint16')):
+        assert message in run(repo, 'data/text/prepare.py', name, '--name=bad', code=2)
+        assert not list((repo / 'data').glob('bad/*.bin'))
+        assert 'data/text/prepare.py' in run(repo, 'train.py', *TINY, '--dataset=bad', '--out_dir=bad', code=2)
+
+
+@pytest.fixture
+def unreachable(repo):
+    """The environment of a machine that reaches no network and has no vocabulary of GPT-2."""
+    nowhere = 'http://127.0.0.1:9'
+    return dict(https_proxy=nowhere, HTTPS_PROXY=nowhere, TIKTOKEN_CACHE_DIR=str(repo / 'no-cache'))
+
+
+def test_without_a_network_shakespeare_says_what_to_put_where(repo, unreachable):
+    error = run(repo, 'data/shakespeare_char/prepare.py', code=1, **unreachable)
+    assert len(error.splitlines()) == 1 and 'input.txt' in error
+    error = run(repo, 'data/shakespeare/prepare.py', code=1, **unreachable)
+    assert len(error.splitlines()) == 1 and 'TIKTOKEN_CACHE_DIR' in error
+    (repo / 'data/shakespeare_char/input.txt').write_text('not Shakespeare')
+    assert 'is not the text' in run(repo, 'data/shakespeare_char/prepare.py', code=1)
+    assert not list((repo / 'data').glob('shakespeare*/*.bin'))
+
+
+@pytest.fixture(scope='module')
+def offline(repo):
+    """The environment of a machine without a network, where GPT-2's vocabulary is just the 256 bytes and
+    <|endoftext|>."""
+    (repo / 'bytes').mkdir()
+    (repo / 'bytes/sitecustomize.py').write_text('''import os, resource, shutil, types, tiktoken
+enc = tiktoken.Encoding('gpt2', pat_str=r'[\\s\\S]', mergeable_ranks={bytes([i]): i for i in range(256)},
+                        special_tokens={'<|endoftext|>': 50256})
+tiktoken.get_encoding = lambda name: enc
+if 'FREE' in os.environ:
+    shutil.disk_usage = lambda path: types.SimpleNamespace(free=float(os.environ['FREE']))
+if 'FULL' in os.environ:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ['FULL']),) * 2)
+''')
+    return dict(PYTHONPATH=str(repo / 'bytes'), HF_HUB_OFFLINE='1', HF_HOME=str(repo / 'hub'),
+                HF_DATASETS_CACHE=str(repo / 'hub/d'))
+
+
+def parquet(path, texts, row_group_size=1000, column='text'):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    path.parent.mkdir(exist_ok=True, parents=True)
+    pq.write_table(pa.table({column: texts, 'n': list(range(len(texts)))}), path, row_group_size=row_group_size)
+
+
+def documents_of(path):
+    """The documents in a file whose tokens are bytes."""
+    ids = np.fromfile(path, '<u2')
+    *documents, rest = np.split(ids, np.flatnonzero(ids == 50256) + 1)
+    assert not len(rest)
+    return [document[:-1].astype(np.uint8).tobytes().decode() for document in documents]
+
+
+STORIES = [f'{i} Grüße, 世界 <|endoftext|>\r\n' * (i % 7) for i in range(2500)] + ['long ' * 10**6, '', None]
+
+
+def test_documents_read_back_as_they_were(repo, offline):
+    parquet(repo / 'stories/train-0.parquet', STORIES[:1500])
+    parquet(repo / 'stories/train-1.parquet', STORIES[1500:])
+    parquet(repo / 'stories/validation-0.parquet', STORIES[:30])
+    stories = [text or '' for text in STORIES]
+    run(repo, 'data/tinystories/prepare.py', '--files', 'stories', **offline)
+    assert documents_of(repo / 'data/tinystories/train.bin') == stories
+    assert documents_of(repo / 'data/tinystories/val.bin') == stories[:30]
+    both = ['stories/train-0.parquet', 'stories/train-1.parquet']
+    run(repo, 'data/openwebtext/prepare.py', '--files', *both, **offline)
+    order = np.random.default_rng(2357).permutation(len(stories))  # nanoGPT's
+    assert documents_of(repo / 'data/openwebtext/val.bin') == [stories[i] for i in order[:2]]
+    assert documents_of(repo / 'data/openwebtext/train.bin') == [stories[i] for i in order[2:]]
+    for name in ('tinystories', 'openwebtext'):
+        meta = json.loads((repo / f'data/{name}/meta.json').read_text())
+        assert meta == {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
+
+
+def test_a_broken_off_preparation_starts_again_cleanly(repo, offline):
+    here, tmp = repo / 'data/tinystories', repo / 'data/tinystories/train.bin.tmp'
+    bins = lambda folder: [(folder / f'{split}.bin').read_bytes() for split in ('train', 'val')]
+    parquet(repo / 'few/stories.parquet', STORIES[:400])
+    parquet(repo / 'many/stories.parquet', STORIES[:2500] * 12)
+
+    def break_off(number):
+        """Sends a signal when a part is written. The pipes close in time only if all its processes end."""
+        began = time.time()
+        process = subprocess.Popen([sys.executable, 'data/tinystories/prepare.py', '--files', 'many'], cwd=repo,
+                                   env=os.environ | offline, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True, start_new_session=True)
+        written = lambda: tmp.exists() and tmp.stat().st_mtime > began and tmp.stat().st_size > 2**20
+        while process.poll() is None and not written():
+            time.sleep(0.01)
+        send = os.killpg if number == signal.SIGINT else os.kill  # a terminal sends Ctrl-C to all of them
+        send(process.pid, number)
+        _, err = process.communicate(timeout=30)
+        return process.returncode, err
+
+    shutil.rmtree(here)
+    here.mkdir()
+    shutil.copy(HERE / 'data/tinystories/prepare.py', here)
+    assert break_off(signal.SIGKILL)[0] == -signal.SIGKILL and tmp.exists() and not list(here.glob('*.bin'))
+    assert 'is not prepared' in run(repo, 'train.py', *TINY, '--dataset=tinystories', '--out_dir=unprepared', code=2)
+    run(repo, 'data/tinystories/prepare.py', '--files', 'few', **offline)
+    whole = bins(here)
+    assert not list(here.glob('*.tmp'))
+    code, err = break_off(signal.SIGINT)
+    assert code == 130 and 'interrupted' in err and len(err.splitlines()) == 1, err
+    assert bins(here) == whole and not list(here.glob('*.tmp'))
+    assert break_off(signal.SIGKILL)[0] == -signal.SIGKILL and tmp.exists() and bins(here) == whole
+    run(repo, 'data/tinystories/prepare.py', '--files', 'many', **offline)
+    run(repo, 'data/openwebtext/prepare.py', '--files', 'many', '--num_proc=3', **offline)  # this one ran through
+    assert bins(here) == bins(repo / 'data/openwebtext') and len(documents_of(here / 'train.bin')) == 29985
+
+
+def test_documents_stay_on_the_disk_and_few_are_on_their_way_to_be_tokenized(repo, offline):
+    parquet(repo / 'large.parquet', [os.urandom(8192).hex() for _ in range(2000)], row_group_size=100)
+    code = '''import sys; sys.path.insert(0, 'data')
+import argparse, hub, pathlib, pyarrow
+splits = hub.load(argparse.Namespace(files=['large.parquet'], column='text', num_proc=1), 0, 0, pathlib.Path('.'))
+class Pool:
+    def map(self, f, *args):
+        self.sent = list(zip(*args))
+        return iter(self.sent)
+next(hub.encoded(pool := Pool(), 'train', range(0, 10**6, 10), 10, 8))
+print(splits['train'].data.nbytes, pyarrow.total_allocated_bytes(), len(pool.sent))'''
+    size, held, sent = map(int, run(repo, '-c', code, **offline).splitlines()[-1].split())
+    assert size > 2000 * 16384 and held < size / 100 and sent == 8, held
+
+
+@pytest.mark.parametrize('args, message', [
+    ([], 'where there is a network, type hf download Skylion007/openwebtext '),
+    (['--files', 'none.parquet'], 'none.parquet: '),
+    (['--files', 'verse.txt'], 'verse.txt: '), (['--files', 'config'], 'config: '), (['--files', 'none'], 'none: '),
+    (['--files', 'one.parquet'], 'one.parquet: '), (['--files', 'cut.parquet'], 'cut.parquet: '),
+    (['--files', 'damaged.parquet'], 'damaged.parquet: OSError: '),
+    (['--files', 'one.parquet', 'story.parquet'], 'one.parquet story.parquet: CastError: '),
+    (['--files', 'one.parquet', '--column=story'], "no text in a column 'story'"),
+    (['--files', 'one.parquet', '--column=n'], "no text in a column 'n', but {'text': Value('string'), "),
+    (['--files', 'one.parquet', '--num_proc=0'], '--num_proc=0: at least 1'),
+])
+def test_a_mistake_in_preparing_documents_is_one_line_and_leaves_nothing(repo, offline, args, message):
+    parquet(repo / 'one.parquet', ['one'])
+    parquet(repo / 'story.parquet', ['two'], column='story')
+    parquet(repo / 'damaged.parquet', STORIES)
+    content = (repo / 'damaged.parquet').read_bytes()
+    (repo / 'cut.parquet').write_bytes(content[:len(content) // 2])
+    (repo / 'damaged.parquet').write_bytes(content[:2000] + bytes(2000) + content[4000:])
+    for path in (repo / 'data/openwebtext').glob('*.bin'):
+        path.unlink()
+    error = run(repo, 'data/openwebtext/prepare.py', *args, code=1, **offline)
+    assert len(error.splitlines()) == 1 and error.startswith('prepare.py: error: ') and message in error, error
+    assert not list((repo / 'data/openwebtext').glob('*.bin*'))
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(repo, offline):
+    parquet(repo / 'small.parquet', STORIES)
+    size = (repo / 'small.parquet').stat().st_size  # the estimate: twice that as text, and half of the text as tokens
+    for free, code in (2.9, 1), (3.1, 0), (0.9, 1), (1.1, 0):
+        for path in (repo / 'data/openwebtext').glob('*.bin'):
+            path.unlink()
+        text = run(repo, 'data/openwebtext/prepare.py', '--files', 'small.parquet', code=code, FREE=str(free * size),
+                   **offline)
+        written = list((repo / 'data/openwebtext').glob('*.bin*'))
+        assert ('GB free, and this needs' in text) == bool(code) == (not written)
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(repo, offline):
+    parquet(repo / 'full.parquet', [os.urandom(4096).hex() for _ in range(5000)], row_group_size=500)
+    for full in 2**23, 2**26:  # so many bytes fit: too few for the text, and then enough for it but not for its tokens
+        error = run(repo, 'data/tinystories/prepare.py', '--files', 'full.parquet', code=1, FULL=str(full), **offline)
+        assert len(error.splitlines()) == 1 and 'full.parquet: OSError: [Errno 27] ' in error, error
+        assert not [*(repo / 'data/tinystories').glob('*.tmp'), *(repo / 'hub').rglob('*.incomplete')]
+
+
+def test_without_a_vocabulary_the_big_datasets_say_what_to_do(repo, unreachable):
+    for name in ('openwebtext', 'tinystories'):
+        error = run(repo, f'data/{name}/prepare.py', code=1, **unreachable)
+        assert len(error.splitlines()) == 1 and 'TIKTOKEN_CACHE_DIR' in error
 
 
 # -----------------------------------------------------------------------------
@@ -657,7 +924,7 @@ def test_kill_9_at_any_moment_loses_nothing(repo):
         if n == 0:
             read_until(process, 'iter 12:')  # the first time, on any machine, it gets as far as some checkpoints
         try:
-            out, err = process.communicate(timeout=rng.uniform(0.5, 4))
+            out, err = process.communicate(timeout=rng.uniform(0.5, 3))
         except subprocess.TimeoutExpired:
             process.kill()
             out, err = process.communicate()
@@ -781,12 +1048,11 @@ def assert_close_losses(a, b):
 
 
 def test_two_processes_do_what_one_does_stop_together_and_resume_exactly_after_either_is_killed(repo):
-    either = '--init_from=resume', '--out_dir=either', '--device=cpu'
-    killed = start_two(repo, *MANY, '--out_dir=either', '--max_iters=100000')
-    read_until(killed[0], 'iter 7:')
-    killed[1].kill()
+    hung = start_two(repo, *MANY, '--out_dir=hung', '--max_iters=100000')
+    read_until(hung[0], 'iter 7:')
+    hung[1].kill()
     with ThreadPoolExecutor(1) as threads:  # process 0 needs half a minute to notice, and must not need a whole one
-        noticed = threads.submit(killed[0].communicate, timeout=60)
+        noticed = threads.submit(hung[0].communicate, timeout=60)
 
         # meanwhile two processes train until one of them is told to stop, and one process alone trains
         told = start_two(repo, *MANY, '--out_dir=both', '--max_iters=100000', '--sample_tokens=5')
@@ -798,20 +1064,23 @@ def test_two_processes_do_what_one_does_stop_together_and_resume_exactly_after_e
         done = steps_in(repo / 'both')[-1]
         run(repo, 'train.py', *MANY, '--out_dir=alone', f'--max_iters={done + 3}')
 
+        # the run whose process 1 was killed goes on, as a copy, because process 0 still holds it; process 0 is killed
+        shutil.copytree(repo / 'hung', repo / 'either')
+        either = '--init_from=resume', '--out_dir=either', '--device=cpu'
+        killed = start_two(repo, *either, '--max_iters=100000')
+        read_until(killed[0], 'iter 12:')
+        killed[0].kill()
+        out, err = killed[1].communicate(timeout=60)
+        assert killed[1].returncode != 0 and 'another task died' in err, out + err
+
+        wait_for_both(start_two(repo, *either, f'--max_iters={done - 1}'))
+        assert_same_run(repo / 'either', repo / 'both')
+        wait_for_both(start_two(repo, *either, '--fsdp=True', f'--max_iters={done + 1}'))
+        resume(repo, 'either', '--fsdp=False', f'--max_iters={done + 3}')  # one process alone, from what two saved
+        assert_close_losses(repo / 'either', repo / 'alone')
+
         out, err = noticed.result()
-        assert killed[0].returncode != 0 and 'another task died' in err, out + err
-
-    killed = start_two(repo, *either, '--max_iters=100000')
-    read_until(killed[0], 'iter 12:')
-    killed[0].kill()
-    out, err = killed[1].communicate(timeout=60)
-    assert killed[1].returncode != 0 and 'another task died' in err, out + err
-
-    wait_for_both(start_two(repo, *either, f'--max_iters={done - 1}'))
-    assert_same_run(repo / 'either', repo / 'both')
-    wait_for_both(start_two(repo, *either, '--fsdp=True', f'--max_iters={done + 1}'))
-    resume(repo, 'either', '--fsdp=False', f'--max_iters={done + 3}')  # one process alone, from what two have saved
-    assert_close_losses(repo / 'either', repo / 'alone')
+        assert hung[0].returncode != 0 and 'another task died' in err, out + err
 
 
 def test_the_gradients_are_reduced_once_an_iteration(repo):
@@ -836,269 +1105,84 @@ def test_the_gradients_are_reduced_once_an_iteration(repo):
 
 
 # -----------------------------------------------------------------------------
-# data
+# random command lines and damaged runs
 
 
-def test_the_embedded_dataset_needs_nothing_but_python(repo):
-    run(repo, 'data/stdlib_char/prepare.py')
-    here = repo / 'data/stdlib_char'
-    meta = json.loads((here / 'meta.json').read_text())
-    train, val = (np.fromfile(here / f'{split}.bin', '<u2') for split in ('train', 'val'))
-    assert len(train) > 4_000_000 and 0.05 < len(val) / len(train) < 0.2
-    assert max(train.max(), val.max()) < meta['vocab_size'] == len(meta['tokenizer']['chars'])
-    text = ''.join(meta['tokenizer']['chars'][i] for i in val)
-    assert text.isascii() and 'import ' in text and '\n\tdef ' in text
+def random_option(rng, keys):
+    """An option that may or may not make sense. Mostly its key is one of `keys`."""
+    key = rng.choice([*keys, *keys, *keys, 'compile', 'backend', 'zzz', 'config', '', 'n_layers'])
+    value = rng.choice(['0', '1', '-1', '2', '3.0', '1e1', '1e-3', 'nan', '1e999', 'True', 'false', '', "''", 'None',
+                        '[1]', '{[]: 1}', '(' * 300, '9' * 5000, '../x', 'data/tiny/', 'tiny', 'resume', 'scratch',
+                        'gpt5', 'cpu', 'cuda:0', 'mps', 'float16', 'bfloat16', 'best', 'Grüße', '$x_$', 'a b',
+                        '\udcff', 'verse.txt', 'verse.txt/x', 'precious'])
+    return rng.choice([f'--{key}={value}'] * 8 + [f'--{key}', f'-{key}={value}', f'{key}={value}', f'--{key} {value}',
+                                                   'config/laptop.py', 'config', 'none.py', 'verse.txt', '--'])
 
 
-def test_prepared_text_reads_back_as_it_was(repo):
-    text = 'Grüße, 世界! \r\n\n  ' + ROMEO * 30
-    (repo / 'a.txt').write_bytes(text.encode())
-    (repo / 'b.txt').write_bytes(b'\xef\xbb\xbf' + ROMEO.encode())  # with a byte order mark
-    run(repo, 'data/text/prepare.py', 'a.txt', 'b.txt', '--name=own')
-    chars = json.loads((repo / 'data/own/meta.json').read_text(encoding='utf-8'))['tokenizer']['chars']
-    back = ''.join(chars[i] for split in ('train', 'val') for i in np.fromfile(repo / f'data/own/{split}.bin', '<u2'))
-    assert back == text.replace('\r\n', '\n') + ROMEO
-
-
-def test_bpe_of_a_file_in_pieces_equals_bpe_of_the_whole(repo):
-    enc = gpt2s_tokenizer()
-    text = ''.join(f'{i} {ROMEO}\n\n  \t{i}' for i in range(25_000))  # 3 MB: three pieces
-    (repo / 'long.txt').write_text(text, encoding='utf-8')
-    run(repo, 'data/text/prepare.py', 'long.txt', 'verse.txt', '--name=bpe', '--tokenizer=gpt2')
-    ids = np.concatenate([np.fromfile(repo / f'data/bpe/{split}.bin', '<u2') for split in ('train', 'val')])
-    want = enc.encode_ordinary(text) + [enc.eot_token] + enc.encode_ordinary(ROMEO * 40) + [enc.eot_token]
-    assert ids.tolist() == want
-
-
-def test_a_dataset_is_not_replaced_without_a_word(repo):
-    run(repo, 'data/text/prepare.py', 'verse.txt', '--name=kept')
-    before = (repo / 'data/kept/train.bin').read_bytes()
-    (repo / 'other.txt').write_text(ROMEO.upper() * 10)
-    for name in ('kept', 'openwebtext'):
-        assert '--overwrite' in run(repo, 'data/text/prepare.py', 'other.txt', f'--name={name}', code=2)
-    assert (repo / 'data/kept/train.bin').read_bytes() == before and not (repo / 'data/openwebtext/meta.json').exists()
-    run(repo, 'data/text/prepare.py', 'other.txt', '--name=kept', '--overwrite')
-    assert (repo / 'data/kept/train.bin').read_bytes() != before
-    assert 'is a folder' in run(repo, 'data/text/prepare.py', 'data', code=2)
-
-
-def test_help_prepares_nothing(repo):
-    for name in ('shakespeare_char', 'shakespeare', 'stdlib_char'):
-        before = sorted((repo / 'data' / name).iterdir())
-        assert f'python data/{name}/prepare.py' in run(repo, f'data/{name}/prepare.py', '--help')
-        assert sorted((repo / 'data' / name).iterdir()) == before
-
-
-def test_a_folder_that_nanogpt_prepared_is_converted_without_loading_a_pickle(repo):
-    import pickle
-    folder, chars = repo / 'data/nanogpts', json.loads((repo / 'data/tiny/meta.json').read_text())['tokenizer']['chars']
-    shutil.copytree(repo / 'data/tiny', folder)
-    meta = {'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
-    (folder / 'meta.json').rename(repo / 'expected.json')
-    for protocol in (2, 4, 5):
-        (folder / 'meta.json').unlink(missing_ok=True)
-        (folder / 'meta.pkl').write_bytes(pickle.dumps(meta, protocol))
-        error = run(repo, 'train.py', *TINY, '--dataset=nanogpts', '--out_dir=nanogpts', code=2)
-        command = re.search(r'run python (data/from_nanogpt.py data/nanogpts/meta.pkl)$', error)[1]
-        run(repo, *command.split())
-        assert (folder / 'meta.json').read_bytes() == (repo / 'expected.json').read_bytes()
-    (folder / 'meta.pkl').write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
-    for content in (folder / 'meta.pkl').read_bytes(), b'', b'}', pickle.dumps({'itos': {0: 'ab'}}), pickle.dumps([1]):
-        (folder / 'meta.pkl').write_bytes(content)
-        error = run(repo, 'data/from_nanogpt.py', 'data/nanogpts/meta.pkl', code=1)
-        assert error.startswith('from_nanogpt.py: error: ') and len(error.splitlines()) == 1
-    assert not (repo / 'hacked').exists()
-    (repo / 'theirs').mkdir()
-    (repo / 'theirs/ckpt.pt').write_bytes(b'')
-    for arg in '--out_dir=theirs', '--init_from=theirs/ckpt.pt', '--init_from=theirs':
-        assert 'run python data/from_nanogpt.py theirs/ckpt.pt' in run(repo, 'sample.py', arg, code=2)
-
-
-def test_a_bad_text_is_refused_and_leaves_no_half_dataset(repo):
-    (repo / 'latin1.txt').write_bytes('Grüße'.encode('latin-1') * 100)
-    (repo / 'short.txt').write_text('abc')
-    (repo / 'empty.txt').write_text('')
-    many = ''.join(map(chr, [*range(0x20, 0xd800), *range(0xe000, 0x1d000)]))
-    (repo / 'chinese.txt').write_text(many, encoding='utf-8')
-    for name, message in (('latin1.txt', 'not UTF-8'), ('short.txt', 'too few'), ('empty.txt', 'too few'),
-                          ('none.txt', 'no such file'), ('chinese.txt', 'do not fit uint16')):
-        assert message in run(repo, 'data/text/prepare.py', name, '--name=bad', code=2)
-        assert not list((repo / 'data').glob('bad/*.bin'))
-        assert 'data/text/prepare.py' in run(repo, 'train.py', *TINY, '--dataset=bad', '--out_dir=bad', code=2)
-
-
-@pytest.fixture
-def unreachable(repo):
-    """The environment of a machine that reaches no network and has no vocabulary of GPT-2."""
-    nowhere = 'http://127.0.0.1:9'
-    return dict(https_proxy=nowhere, HTTPS_PROXY=nowhere, TIKTOKEN_CACHE_DIR=str(repo / 'no-cache'))
-
-
-def test_without_a_network_shakespeare_says_what_to_put_where(repo, unreachable):
-    error = run(repo, 'data/shakespeare_char/prepare.py', code=1, **unreachable)
-    assert len(error.splitlines()) == 1 and 'input.txt' in error
-    error = run(repo, 'data/shakespeare/prepare.py', code=1, **unreachable)
-    assert len(error.splitlines()) == 1 and 'TIKTOKEN_CACHE_DIR' in error
-    (repo / 'data/shakespeare_char/input.txt').write_text('not Shakespeare')
-    assert 'is not the text' in run(repo, 'data/shakespeare_char/prepare.py', code=1)
-    assert not list((repo / 'data').glob('shakespeare*/*.bin'))
-
-
-@pytest.fixture(scope='module')
-def offline(repo):
-    """The environment of a machine without a network, where GPT-2's vocabulary is just the 256 bytes and
-    <|endoftext|>."""
-    (repo / 'bytes').mkdir()
-    (repo / 'bytes/sitecustomize.py').write_text('''import os, resource, shutil, types, tiktoken
-enc = tiktoken.Encoding('gpt2', pat_str=r'[\\s\\S]', mergeable_ranks={bytes([i]): i for i in range(256)},
-                        special_tokens={'<|endoftext|>': 50256})
-tiktoken.get_encoding = lambda name: enc
-if 'FREE' in os.environ:
-    shutil.disk_usage = lambda path: types.SimpleNamespace(free=float(os.environ['FREE']))
-if 'FULL' in os.environ:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ['FULL']),) * 2)
-''')
-    return dict(PYTHONPATH=str(repo / 'bytes'), HF_HUB_OFFLINE='1', HF_HOME=str(repo / 'hub'),
-                HF_DATASETS_CACHE=str(repo / 'hub/d'))
-
-
-def parquet(path, texts, row_group_size=1000, column='text'):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    path.parent.mkdir(exist_ok=True, parents=True)
-    pq.write_table(pa.table({column: texts, 'n': list(range(len(texts)))}), path, row_group_size=row_group_size)
-
-
-def documents_of(path):
-    """The documents in a file whose tokens are bytes."""
-    ids = np.fromfile(path, '<u2')
-    *documents, rest = np.split(ids, np.flatnonzero(ids == 50256) + 1)
-    assert not len(rest)
-    return [document[:-1].astype(np.uint8).tobytes().decode() for document in documents]
-
-
-STORIES = [f'{i} Grüße, 世界 <|endoftext|>\r\n' * (i % 7) for i in range(2500)] + ['long ' * 10**6, '', None]
-
-
-def test_documents_read_back_as_they_were(repo, offline):
-    parquet(repo / 'stories/train-0.parquet', STORIES[:1500])
-    parquet(repo / 'stories/train-1.parquet', STORIES[1500:])
-    parquet(repo / 'stories/validation-0.parquet', STORIES[:30])
-    stories = [text or '' for text in STORIES]
-    run(repo, 'data/tinystories/prepare.py', '--files', 'stories', **offline)
-    assert documents_of(repo / 'data/tinystories/train.bin') == stories
-    assert documents_of(repo / 'data/tinystories/val.bin') == stories[:30]
-    both = ['stories/train-0.parquet', 'stories/train-1.parquet']
-    run(repo, 'data/openwebtext/prepare.py', '--files', *both, **offline)
-    order = np.random.default_rng(2357).permutation(len(stories))  # nanoGPT's
-    assert documents_of(repo / 'data/openwebtext/val.bin') == [stories[i] for i in order[:2]]
-    assert documents_of(repo / 'data/openwebtext/train.bin') == [stories[i] for i in order[2:]]
-    for name in ('tinystories', 'openwebtext'):
-        meta = json.loads((repo / f'data/{name}/meta.json').read_text())
-        assert meta == {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
-
-
-def test_a_broken_off_preparation_starts_again_cleanly(repo, offline):
-    here, tmp = repo / 'data/tinystories', repo / 'data/tinystories/train.bin.tmp'
-    bins = lambda folder: [(folder / f'{split}.bin').read_bytes() for split in ('train', 'val')]
-    parquet(repo / 'few/stories.parquet', STORIES[:400])
-    parquet(repo / 'many/stories.parquet', STORIES[:2500] * 12)
-
-    def break_off(number):
-        """Sends a signal when a part is written. The pipes close in time only if all its processes end."""
-        began = time.time()
-        process = subprocess.Popen([sys.executable, 'data/tinystories/prepare.py', '--files', 'many'], cwd=repo,
-                                   env=os.environ | offline, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, start_new_session=True)
-        written = lambda: tmp.exists() and tmp.stat().st_mtime > began and tmp.stat().st_size > 2**20
-        while process.poll() is None and not written():
-            time.sleep(0.01)
-        send = os.killpg if number == signal.SIGINT else os.kill  # a terminal sends Ctrl-C to all of them
-        send(process.pid, number)
-        _, err = process.communicate(timeout=30)
-        return process.returncode, err
-
-    shutil.rmtree(here)
-    here.mkdir()
-    shutil.copy(HERE / 'data/tinystories/prepare.py', here)
-    assert break_off(signal.SIGKILL)[0] == -signal.SIGKILL and tmp.exists() and not list(here.glob('*.bin'))
-    assert 'is not prepared' in run(repo, 'train.py', *TINY, '--dataset=tinystories', '--out_dir=unprepared', code=2)
-    run(repo, 'data/tinystories/prepare.py', '--files', 'few', **offline)
-    whole = bins(here)
-    assert not list(here.glob('*.tmp'))
-    code, err = break_off(signal.SIGINT)
-    assert code == 130 and 'interrupted' in err and len(err.splitlines()) == 1, err
-    assert bins(here) == whole and not list(here.glob('*.tmp'))
-    assert break_off(signal.SIGKILL)[0] == -signal.SIGKILL and tmp.exists() and bins(here) == whole
-    run(repo, 'data/tinystories/prepare.py', '--files', 'many', **offline)
-    run(repo, 'data/openwebtext/prepare.py', '--files', 'many', '--num_proc=3', **offline)  # this one ran through
-    assert bins(here) == bins(repo / 'data/openwebtext') and len(documents_of(here / 'train.bin')) == 29985
-
-
-def test_documents_stay_on_the_disk_and_few_are_on_their_way_to_be_tokenized(repo, offline):
-    parquet(repo / 'large.parquet', [os.urandom(8192).hex() for _ in range(2000)], row_group_size=100)
-    code = '''import sys; sys.path.insert(0, 'data')
-import argparse, hub, pathlib, pyarrow
-splits = hub.load(argparse.Namespace(files=['large.parquet'], column='text', num_proc=1), 0, 0, pathlib.Path('.'))
-class Pool:
-    def map(self, f, *args):
-        self.sent = list(zip(*args))
-        return iter(self.sent)
-next(hub.encoded(pool := Pool(), 'train', range(0, 10**6, 10), 10, 8))
-print(splits['train'].data.nbytes, pyarrow.total_allocated_bytes(), len(pool.sent))'''
-    size, held, sent = map(int, run(repo, '-c', code, **offline).splitlines()[-1].split())
-    assert size > 2000 * 16384 and held < size / 100 and sent == 8, held
-
-
-@pytest.mark.parametrize('args, message', [
-    ([], 'where there is a network, type hf download Skylion007/openwebtext '),
-    (['--files', 'none.parquet'], 'none.parquet: '),
-    (['--files', 'verse.txt'], 'verse.txt: '), (['--files', 'config'], 'config: '), (['--files', 'none'], 'none: '),
-    (['--files', 'one.parquet'], 'one.parquet: '), (['--files', 'cut.parquet'], 'cut.parquet: '),
-    (['--files', 'damaged.parquet'], 'damaged.parquet: OSError: '),
-    (['--files', 'one.parquet', 'story.parquet'], 'one.parquet story.parquet: CastError: '),
-    (['--files', 'one.parquet', '--column=story'], "no text in a column 'story'"),
-    (['--files', 'one.parquet', '--column=n'], "no text in a column 'n', but {'text': Value('string'), "),
-    (['--files', 'one.parquet', '--num_proc=0'], '--num_proc=0: at least 1'),
-])
-def test_a_mistake_in_preparing_documents_is_one_line_and_leaves_nothing(repo, offline, args, message):
-    parquet(repo / 'one.parquet', ['one'])
-    parquet(repo / 'story.parquet', ['two'], column='story')
-    parquet(repo / 'damaged.parquet', STORIES)
-    content = (repo / 'damaged.parquet').read_bytes()
-    (repo / 'cut.parquet').write_bytes(content[:len(content) // 2])
-    (repo / 'damaged.parquet').write_bytes(content[:2000] + bytes(2000) + content[4000:])
-    for path in (repo / 'data/openwebtext').glob('*.bin'):
+def damage_one_file(rng, out_dir):
+    """Does something to one random file of a run. Returns which and what."""
+    path = Path(rng.choice(sorted(map(str, (p for p in out_dir.rglob('*') if p.is_file() and p.name != 'lock')))))
+    if rng.random() < 0.6:  # else nearly all are files of checkpoints
+        path = out_dir / rng.choice(['config.json', 'best.json', 'log.csv', 'loss.png', 'lock'])
+    content = path.read_bytes() if path.exists() else b''
+    at = rng.randrange(len(content) + 1)
+    how = rng.choice(['delete', 'empty', 'cut', 'flip', 'text', 'folder', 'object', 'array', 'parents'])
+    if how == 'parents':
+        shutil.rmtree(path.parent if path.parent != out_dir else out_dir / 'checkpoints')
+    elif how in ('delete', 'folder'):
         path.unlink()
-    error = run(repo, 'data/openwebtext/prepare.py', *args, code=1, **offline)
-    assert len(error.splitlines()) == 1 and error.startswith('prepare.py: error: ') and message in error, error
-    assert not list((repo / 'data/openwebtext').glob('*.bin*'))
+        if how == 'folder':
+            path.mkdir()
+    else:
+        flipped = content[:at] + bytes([rng.randrange(256)]) + content[at + 1:]
+        path.write_bytes({'empty': b'', 'cut': content[:at], 'flip': flipped, 'text': b'\xff,x\n',
+                          'object': b'{}', 'array': b'[]'}[how])
+    return path.relative_to(out_dir), how
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(repo, offline):
-    parquet(repo / 'small.parquet', STORIES)
-    size = (repo / 'small.parquet').stat().st_size  # the estimate: twice that as text, and half of the text as tokens
-    for free, code in (2.9, 1), (3.1, 0), (0.9, 1), (1.1, 0):
-        for path in (repo / 'data/openwebtext').glob('*.bin'):
-            path.unlink()
-        text = run(repo, 'data/openwebtext/prepare.py', '--files', 'small.parquet', code=code, FREE=str(free * size),
-                   **offline)
-        written = list((repo / 'data/openwebtext').glob('*.bin*'))
-        assert ('GB free, and this needs' in text) == bool(code) == (not written)
+def files_in(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*')
+            if path.is_file() and path.name != 'lock'}
 
 
-def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(repo, offline):
-    parquet(repo / 'full.parquet', [os.urandom(4096).hex() for _ in range(5000)], row_group_size=500)
-    for full in 2**23, 2**26:  # so many bytes fit: too few for the text, and then enough for it but not for its tokens
-        error = run(repo, 'data/tinystories/prepare.py', '--files', 'full.parquet', code=1, FULL=str(full), **offline)
-        assert len(error.splitlines()) == 1 and 'full.parquet: OSError: [Errno 27] ' in error, error
-        assert not [*(repo / 'data/tinystories').glob('*.tmp'), *(repo / 'hub').rglob('*.incomplete')]
-
-
-def test_without_a_vocabulary_the_big_datasets_say_what_to_do(repo, unreachable):
-    for name in ('openwebtext', 'tinystories'):
-        error = run(repo, f'data/{name}/prepare.py', code=1, **unreachable)
-        assert len(error.splitlines()) == 1 and 'TIKTOKEN_CACHE_DIR' in error
+def test_no_command_line_and_no_damage_ends_in_a_traceback_or_loses_anything(repo, whole):
+    """Random command lines, and random damage to a run before a sensible one. A command that fails changes no file,
+    except that it puts a damaged checkpoint aside. One that succeeds leaves all intact checkpoints but older ones.
+    More: FUZZ=2000 python -m pytest -q test_train.py -k no_command_line"""
+    import random
+    precious, n = repo / 'precious', int(os.environ.get('FUZZ', 16))
+    (repo / 'precious.py').write_text('for i in range(2):\n    max_iters = 12 + i\n')
+    keys = {script: list(load_config(script)) for script in ('train.py', 'sample.py', 'export.py')}
+    for i in range(n):
+        rng = random.Random(f"{os.environ.get('FUZZ_SEED', 0)} {i}")
+        shutil.rmtree(precious, ignore_errors=True)
+        shutil.copytree(whole, precious)
+        script = rng.choice(['train.py', 'train.py', 'sample.py', 'export.py'])
+        args = {'train.py': rng.choice([['--init_from=resume', '--max_iters=14'], [*TINY, '--max_iters=1']]),
+                'sample.py': ['--max_new_tokens=3', '--num_samples=1', '--start=But'],
+                'export.py': ['--hf_dir=precious-hf']}[script] + ['--out_dir=precious']
+        hurt = None
+        if i % 2:
+            hurt = damage_one_file(rng, precious)
+            args = ['--init_from=resume', '--max_iters=14', '--out_dir=precious'] if script == 'train.py' else args
+        else:
+            args += [random_option(rng, keys[script]) for _ in range(rng.choice([1, 1, 2, 3]))]
+        args += [] if script == 'export.py' else ['--device=cpu']
+        before = files_in(precious)
+        process = start(repo, script, *args)
+        out, err = process.communicate(timeout=300)
+        what = f'case {i}: {script} {args} {hurt}: exit code {process.returncode}\n{out}{err}'
+        assert process.returncode in (0, 1, 2) and 'Traceback' not in err and 'Error:' not in err, what
+        assert process.returncode == 0 or 1 <= len(err.splitlines()) <= 4, what
+        after = files_in(precious)
+        moved = {re.sub(r'^damaged-(\d+)-\d+', r'checkpoints/\1', name): x for name, x in after.items()}
+        if process.returncode or script != 'train.py' or '--eval_only' in ' '.join(args):
+            assert {k: moved.get(k) for k in before} == before, what
+        elif not any('overwrite' in arg for arg in args):
+            steps = sorted({int(name.split('/')[1]) for name in before if re.match(r'checkpoints/\d+/', name)})
+            gone = [name for name in before if name.startswith('checkpoints/') and name not in moved]
+            assert all(int(name.split('/')[1]) < max(steps) for name in gone) if gone else True, what
+        shutil.rmtree(repo / 'precious-hf', ignore_errors=True)
 
 
 # -----------------------------------------------------------------------------
@@ -1329,84 +1413,3 @@ def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(finished):
     out, err = process.communicate(timeout=100)
     assert f'the prompt has {len(ROMEO)} tokens, of which the model sees the last 16' in err
     assert out.startswith(ROMEO)
-
-
-# -----------------------------------------------------------------------------
-# random command lines and damaged runs
-
-
-def random_option(rng, keys):
-    """An option that may or may not make sense. Mostly its key is one of `keys`."""
-    key = rng.choice([*keys, *keys, *keys, 'compile', 'backend', 'zzz', 'config', '', 'n_layers'])
-    value = rng.choice(['0', '1', '-1', '2', '3.0', '1e1', '1e-3', 'nan', '1e999', 'True', 'false', '', "''", 'None',
-                        '[1]', '{[]: 1}', '(' * 300, '9' * 5000, '../x', 'data/tiny/', 'tiny', 'resume', 'scratch',
-                        'gpt5', 'cpu', 'cuda:0', 'mps', 'float16', 'bfloat16', 'best', 'Grüße', '$x_$', 'a b',
-                        '\udcff', 'verse.txt', 'verse.txt/x', 'precious'])
-    return rng.choice([f'--{key}={value}'] * 8 + [f'--{key}', f'-{key}={value}', f'{key}={value}', f'--{key} {value}',
-                                                   'config/laptop.py', 'config', 'none.py', 'verse.txt', '--'])
-
-
-def damage_one_file(rng, out_dir):
-    """Does something to one random file of a run. Returns which and what."""
-    path = Path(rng.choice(sorted(map(str, (p for p in out_dir.rglob('*') if p.is_file() and p.name != 'lock')))))
-    if rng.random() < 0.6:  # else nearly all are files of checkpoints
-        path = out_dir / rng.choice(['config.json', 'best.json', 'log.csv', 'loss.png', 'lock'])
-    content = path.read_bytes() if path.exists() else b''
-    at = rng.randrange(len(content) + 1)
-    how = rng.choice(['delete', 'empty', 'cut', 'flip', 'text', 'folder', 'object', 'array', 'parents'])
-    if how == 'parents':
-        shutil.rmtree(path.parent if path.parent != out_dir else out_dir / 'checkpoints')
-    elif how in ('delete', 'folder'):
-        path.unlink()
-        if how == 'folder':
-            path.mkdir()
-    else:
-        flipped = content[:at] + bytes([rng.randrange(256)]) + content[at + 1:]
-        path.write_bytes({'empty': b'', 'cut': content[:at], 'flip': flipped, 'text': b'\xff,x\n',
-                          'object': b'{}', 'array': b'[]'}[how])
-    return path.relative_to(out_dir), how
-
-
-def files_in(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*')
-            if path.is_file() and path.name != 'lock'}
-
-
-def test_no_command_line_and_no_damage_ends_in_a_traceback_or_loses_anything(repo, whole):
-    """Random command lines, and random damage to a run before a sensible one. A command that fails changes no file,
-    except that it puts a damaged checkpoint aside. One that succeeds leaves all intact checkpoints but older ones.
-    More: FUZZ=2000 python -m pytest -q test_train.py -k no_command_line"""
-    import random
-    precious, n = repo / 'precious', int(os.environ.get('FUZZ', 16))
-    (repo / 'precious.py').write_text('for i in range(2):\n    max_iters = 12 + i\n')
-    keys = {script: list(load_config(script)) for script in ('train.py', 'sample.py', 'export.py')}
-    for i in range(n):
-        rng = random.Random(f"{os.environ.get('FUZZ_SEED', 0)} {i}")
-        shutil.rmtree(precious, ignore_errors=True)
-        shutil.copytree(whole, precious)
-        script = rng.choice(['train.py', 'train.py', 'sample.py', 'export.py'])
-        args = {'train.py': rng.choice([['--init_from=resume', '--max_iters=14'], [*TINY, '--max_iters=1']]),
-                'sample.py': ['--max_new_tokens=3', '--num_samples=1', '--start=But'],
-                'export.py': ['--hf_dir=precious-hf']}[script] + ['--out_dir=precious']
-        hurt = None
-        if i % 2:
-            hurt = damage_one_file(rng, precious)
-            args = ['--init_from=resume', '--max_iters=14', '--out_dir=precious'] if script == 'train.py' else args
-        else:
-            args += [random_option(rng, keys[script]) for _ in range(rng.choice([1, 1, 2, 3]))]
-        args += [] if script == 'export.py' else ['--device=cpu']
-        before = files_in(precious)
-        process = start(repo, script, *args)
-        out, err = process.communicate(timeout=300)
-        what = f'case {i}: {script} {args} {hurt}: exit code {process.returncode}\n{out}{err}'
-        assert process.returncode in (0, 1, 2) and 'Traceback' not in err and 'Error:' not in err, what
-        assert process.returncode == 0 or 1 <= len(err.splitlines()) <= 4, what
-        after = files_in(precious)
-        moved = {re.sub(r'^damaged-(\d+)-\d+', r'checkpoints/\1', name): x for name, x in after.items()}
-        if process.returncode or script != 'train.py' or '--eval_only' in ' '.join(args):
-            assert {k: moved.get(k) for k in before} == before, what
-        elif not any('overwrite' in arg for arg in args):
-            steps = sorted({int(name.split('/')[1]) for name in before if re.match(r'checkpoints/\d+/', name)})
-            gone = [name for name in before if name.startswith('checkpoints/') and name not in moved]
-            assert all(int(name.split('/')[1]) < max(steps) for name in gone) if gone else True, what
-        shutil.rmtree(repo / 'precious-hf', ignore_errors=True)

@@ -187,9 +187,7 @@ print(f'number of parameters: {n_params / 1e6:.2f}M, matmuls in {dtype}{attentio
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
 if lora_rank:
     print(lora_table(abstract['params'], abstract['base'], model_config))
-if debug_nans:  # run operation by operation: then the traceback ends at the one that made the NaN
-    jax.config.update('jax_debug_nans', True)
-    jax.config.update('jax_disable_jit', True)
+if debug_nans:
     step = partial(train_step, config=model_config, tx=tx, mesh=mesh, fsdp=fsdp)
     evaluate = partial(eval_step, config=model_config)
 else:
@@ -218,7 +216,7 @@ with refuse(ValueError, OSError):
         what = 'a new model from scratch' if origin == 'scratch' else f'from {origin}'
         why = ' (the run was stopped before its first checkpoint)' if init_from == 'resume' else ''
         print(f'Initializing {what}{why}', flush=True)
-        if init_from == 'resume' and not debug_nans:  # compiled as for a new run: the same, bit for bit
+        if init_from == 'resume' or debug_nans:  # compiled as for any new run: the same, bit for bit
             create = compile_for(mesh, create.lower())
         state = create()
         progress = dict(iter_num=0, wandb_id=None, **NO_BEST, best_dataset=dataset)
@@ -276,9 +274,11 @@ def show_sample():
 # -----------------------------------------------------------------------------
 # the loop
 
-key = jax.random.key(seed)
-first_iter = iter_num
-with refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_errors(), log:
+key, first_iter = jax.random.key(seed), iter_num
+# Operation by operation, the traceback of a NaN ends at the one that made it. Both are set for this thread: once JAX
+# suspends a global debug_nans, as it does inside some operations, it no longer looks at all results.
+with (refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_errors(), log,
+      jax.debug_nans(debug_nans), jax.disable_jit(debug_nans)):
     while iter_num <= max_iters or eval_only:
 
         # the learning rate of this iteration
