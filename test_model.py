@@ -1001,7 +1001,8 @@ def test_the_best_dtype_is_the_one_that_there_are_instructions_for(platform, cpu
 def test_lora_is_the_same_on_every_mesh(tmp_path):
     gpt2_files(tmp_path, SMALL)
     (tmp_path / 'meta.json').write_text(json.dumps({'vocab_size': 37, 'tokenizer': {}}))
-    config, tx, batch = dataclasses.replace(LORA, n_layer=1, lora_rank=8), make_optimizer(0.9, 0.99, 0.1, 1.0), tokens(2, 8, 17)
+    config, tx = dataclasses.replace(LORA, n_layer=1, lora_rank=8), make_optimizer(0.9, 0.99, 0.1, 1.0)
+    batch = tokens(2, 8, 17)
     adapters = sum(x.size for x in jax.tree.leaves(split_lora(init_params(config, 0), config)[0]))
     alone = None
     for data, tensor, fsdp in ((1, 1, False), (8, 1, False), (4, 2, True), (2, 4, False)):

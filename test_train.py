@@ -364,6 +364,174 @@ def test_nothing_that_only_unix_has_is_needed(repo):
 
 
 # -----------------------------------------------------------------------------
+# many processes, and what they would cost
+
+
+MANY = [*TINY, '--dtype=float32', '--n_embd=32', '--dropout=0.0', '--batch_size=2', '--gradient_accumulation_steps=8']
+
+
+def start_two(repo, *args):
+    """Two processes of two simulated devices each."""
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+    return [start(repo, 'train.py', *args, f'--coordinator=localhost:{port}', '--num_processes=2', f'--process_id={i}',
+                  XLA_FLAGS='--xla_force_host_platform_device_count=2') for i in (0, 1)]
+
+
+def wait_for_both(processes, code=0):
+    results = [p.communicate(timeout=120) for p in processes]
+    assert [p.returncode for p in processes] == [code, code], results
+    return results
+
+
+def assert_close_losses(a, b):
+    """The losses in two logs are the same, to 1e-4."""
+    names = ('loss', 'train_loss', 'val_loss')
+    a, b = ([(row['iter'], [float(row[name] or 0) for name in names]) for row in log_of(out_dir)] for out_dir in (a, b))
+    assert [n for n, _ in a] == [n for n, _ in b]
+    np.testing.assert_allclose([x for _, x in a], [x for _, x in b], atol=1e-4)
+
+
+def test_two_processes_do_what_one_does_stop_together_and_resume_exactly_after_either_is_killed(repo):
+    hung = start_two(repo, *MANY, '--out_dir=hung', '--max_iters=100000')
+    read_until(hung[0], 'iter 7:')
+    hung[1].kill()
+    with ThreadPoolExecutor(1) as threads:  # process 0 needs half a minute to notice, and must not need a whole one
+        noticed = threads.submit(hung[0].communicate, timeout=60)
+
+        # meanwhile two processes train until one of them is told to stop, and one process alone trains
+        told = start_two(repo, *MANY, '--out_dir=both', '--max_iters=100000', '--sample_tokens=5')
+        out = read_until(told[0], 'iter 22:')
+        assert '4 x cpu' in out and 'iter 12: ' in out and 'a sample at step 10' in out
+        told[1].send_signal(signal.SIGTERM)
+        (out, _), (silent, _) = wait_for_both(told, code=128 + signal.SIGTERM)
+        assert 'stopped by SIGTERM' in out and 'iter' not in silent
+        done = steps_in(repo / 'both')[-1]
+        run(repo, 'train.py', *MANY, '--out_dir=alone', f'--max_iters={done + 3}')
+
+        # the run whose process 1 was killed goes on, as a copy, because process 0 still holds it; process 0 is killed
+        shutil.copytree(repo / 'hung', repo / 'either')
+        either = '--init_from=resume', '--out_dir=either', '--device=cpu'
+        killed = start_two(repo, *either, '--max_iters=100000')
+        read_until(killed[0], 'iter 12:')
+        killed[0].kill()
+        out, err = killed[1].communicate(timeout=60)
+        assert killed[1].returncode != 0 and 'another task died' in err, out + err
+
+        wait_for_both(start_two(repo, *either, f'--max_iters={done - 1}'))
+        assert_same_run(repo / 'either', repo / 'both')
+        wait_for_both(start_two(repo, *either, '--fsdp=True', f'--max_iters={done + 1}'))
+        resume(repo, 'either', '--fsdp=False', f'--max_iters={done + 3}')  # one process alone, from what two saved
+        assert_close_losses(repo / 'either', repo / 'alone')
+
+        out, err = noticed.result()
+        assert hung[0].returncode != 0 and 'another task died' in err, out + err
+
+
+def test_the_gradients_are_reduced_once_an_iteration(repo):
+    """The compiled step shows what the devices send, and whether that is in the accumulation loop."""
+    args = ['--mode=comm', '--json=True', *MANY, '--n_head=8', '--n_embd=64', '--gradient_accumulation_steps=32',
+            '--mesh_data=8']
+    bench = lambda *more: json.loads(run(repo, 'bench.py', *args, *more))
+    r = bench()
+    assert r['micro_steps'] == 4 and r['devices'] == 8
+    assert [(c['kind'], c['inside_loop'], c['count']) for c in r['collectives']] == [('all-reduce', False, 1)]
+    sent = r['collectives'][0]['bytes']
+    assert sent == (r['parameter_bytes_per_device'] + 4) * 2 * 7 / 8  # gradients and the loss, in a ring of 8
+    r = bench('--fsdp=True')
+    kinds = {(c['kind'], c['inside_loop']) for c in r['collectives']}
+    assert kinds == {('all-gather', True), ('reduce-scatter', True)}
+    assert r['optimizer_bytes_per_device'] < 2 * r['parameters'] * 4 / 7
+    r = bench('--mesh_data=4', '--mesh_tensor=2')
+    assert [c['count'] for c in r['collectives'] if c['kind'] == 'all-reduce' and not c['inside_loop']] == [1]
+    assert {c['kind'] for c in r['collectives']} == {'all-reduce'}  # the tensor axis gathers nothing
+    table = run(repo, 'bench.py', *args, '--json=False', '--n_layer=1')
+    assert re.search(r'all-reduce +no +no +1 ', table) and 'computed, not measured' in table
+
+
+# -----------------------------------------------------------------------------
+# random command lines and damaged runs
+
+
+def random_option(rng, keys):
+    """An option that may or may not make sense. Mostly its key is one of `keys`."""
+    key = rng.choice([*keys, *keys, *keys, 'compile', 'backend', 'zzz', 'config', '', 'n_layers'])
+    value = rng.choice(['0', '1', '-1', '2', '3.0', '1e1', '1e-3', 'nan', '1e999', 'True', 'false', '', "''", 'None',
+                        '[1]', '{[]: 1}', '(' * 300, '9' * 5000, '../x', 'data/tiny/', 'tiny', 'resume', 'scratch',
+                        'gpt5', 'cpu', 'cuda:0', 'mps', 'float16', 'bfloat16', 'best', 'Grüße', '$x_$', 'a b',
+                        '\udcff', 'verse.txt', 'verse.txt/x', 'precious'])
+    return rng.choice([f'--{key}={value}'] * 8 + [f'--{key}', f'-{key}={value}', f'{key}={value}', f'--{key} {value}',
+                                                   'config/laptop.py', 'config', 'none.py', 'verse.txt', '--'])
+
+
+def damage_one_file(rng, out_dir):
+    """Does something to one random file of a run. Returns which and what."""
+    path = Path(rng.choice(sorted(map(str, (p for p in out_dir.rglob('*') if p.is_file() and p.name != 'lock')))))
+    if rng.random() < 0.6:  # else nearly all are files of checkpoints
+        path = out_dir / rng.choice(['config.json', 'best.json', 'log.csv', 'loss.png', 'lock'])
+    content = path.read_bytes() if path.exists() else b''
+    at = rng.randrange(len(content) + 1)
+    how = rng.choice(['delete', 'empty', 'cut', 'flip', 'text', 'folder', 'object', 'array', 'parents'])
+    if how == 'parents':
+        shutil.rmtree(path.parent if path.parent != out_dir else out_dir / 'checkpoints')
+    elif how in ('delete', 'folder'):
+        path.unlink()
+        if how == 'folder':
+            path.mkdir()
+    else:
+        flipped = content[:at] + bytes([rng.randrange(256)]) + content[at + 1:]
+        path.write_bytes({'empty': b'', 'cut': content[:at], 'flip': flipped, 'text': b'\xff,x\n',
+                          'object': b'{}', 'array': b'[]'}[how])
+    return path.relative_to(out_dir), how
+
+
+def files_in(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*')
+            if path.is_file() and path.name != 'lock'}
+
+
+def test_no_command_line_and_no_damage_ends_in_a_traceback_or_loses_anything(repo, whole):
+    """Random command lines, and random damage to a run before a sensible one. A command that fails changes no file,
+    except that it puts a damaged checkpoint aside. One that succeeds leaves all intact checkpoints but older ones.
+    More: FUZZ=2000 python -m pytest -q test_train.py -k no_command_line"""
+    import random
+    precious, n = repo / 'precious', int(os.environ.get('FUZZ', 16))
+    (repo / 'precious.py').write_text('for i in range(2):\n    max_iters = 12 + i\n')
+    keys = {script: list(load_config(script)) for script in ('train.py', 'sample.py', 'export.py')}
+    for i in range(n):
+        rng = random.Random(f"{os.environ.get('FUZZ_SEED', 0)} {i}")
+        shutil.rmtree(precious, ignore_errors=True)
+        shutil.copytree(whole, precious)
+        script = rng.choice(['train.py', 'train.py', 'sample.py', 'export.py'])
+        args = {'train.py': rng.choice([['--init_from=resume', '--max_iters=14'], [*TINY, '--max_iters=1']]),
+                'sample.py': ['--max_new_tokens=3', '--num_samples=1', '--start=But'],
+                'export.py': ['--hf_dir=precious-hf']}[script] + ['--out_dir=precious']
+        hurt = None
+        if i % 2:
+            hurt = damage_one_file(rng, precious)
+            args = ['--init_from=resume', '--max_iters=14', '--out_dir=precious'] if script == 'train.py' else args
+        else:
+            args += [random_option(rng, keys[script]) for _ in range(rng.choice([1, 1, 2, 3]))]
+        args += [] if script == 'export.py' else ['--device=cpu']
+        before = files_in(precious)
+        process = start(repo, script, *args)
+        out, err = process.communicate(timeout=300)
+        what = f'case {i}: {script} {args} {hurt}: exit code {process.returncode}\n{out}{err}'
+        assert process.returncode in (0, 1, 2) and 'Traceback' not in err and 'Error:' not in err, what
+        assert process.returncode == 0 or 1 <= len(err.splitlines()) <= 4, what
+        after = files_in(precious)
+        moved = {re.sub(r'^damaged-(\d+)-\d+', r'checkpoints/\1', name): x for name, x in after.items()}
+        if process.returncode or script != 'train.py' or '--eval_only' in ' '.join(args):
+            assert {k: moved.get(k) for k in before} == before, what
+        elif not any('overwrite' in arg for arg in args):
+            steps = sorted({int(name.split('/')[1]) for name in before if re.match(r'checkpoints/\d+/', name)})
+            gone = [name for name in before if name.startswith('checkpoints/') and name not in moved]
+            assert all(int(name.split('/')[1]) < max(steps) for name in gone) if gone else True, what
+        shutil.rmtree(repo / 'precious-hf', ignore_errors=True)
+
+
+# -----------------------------------------------------------------------------
 # data
 
 
@@ -995,7 +1163,8 @@ def test_gradients_that_are_not_finite_end_the_run_and_spare_the_parameters(repo
 
 
 def test_debug_nans_names_the_operation_that_makes_the_first_nan(repo):
-    """This computes one operation after the other, so it is slow. The model is as small as can be."""
+    """This computes one operation after the other, so it is slow. The model is as small as can be. The NaN comes in
+    the second iteration, when JAX has seen every operation before."""
     small = ['--n_head=1', '--n_embd=4', '--block_size=4', '--batch_size=1',
              '--gradient_accumulation_steps=1', '--eval_iters=1', '--dropout=0.0']
     error = run(repo, 'train.py', *EXPLODES, *small, '--out_dir=debugged', '--debug_nans=True', code=1)
@@ -1015,174 +1184,6 @@ def test_float16_trains(repo):
     out = run(repo, 'train.py', *TINY, '--dtype=float16', '--out_dir=half', '--max_iters=40', '--lr_decay_iters=40')
     losses = losses_in(out, 'train')
     assert losses[-1] < losses[0] - 0.5
-
-
-# -----------------------------------------------------------------------------
-# many processes, and what they would cost
-
-
-MANY = [*TINY, '--dtype=float32', '--n_embd=32', '--dropout=0.0', '--batch_size=2', '--gradient_accumulation_steps=8']
-
-
-def start_two(repo, *args):
-    """Two processes of two simulated devices each."""
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        port = s.getsockname()[1]
-    return [start(repo, 'train.py', *args, f'--coordinator=localhost:{port}', '--num_processes=2', f'--process_id={i}',
-                  XLA_FLAGS='--xla_force_host_platform_device_count=2') for i in (0, 1)]
-
-
-def wait_for_both(processes, code=0):
-    results = [p.communicate(timeout=120) for p in processes]
-    assert [p.returncode for p in processes] == [code, code], results
-    return results
-
-
-def assert_close_losses(a, b):
-    """The losses in two logs are the same, to 1e-4."""
-    names = ('loss', 'train_loss', 'val_loss')
-    a, b = ([(row['iter'], [float(row[name] or 0) for name in names]) for row in log_of(out_dir)] for out_dir in (a, b))
-    assert [n for n, _ in a] == [n for n, _ in b]
-    np.testing.assert_allclose([x for _, x in a], [x for _, x in b], atol=1e-4)
-
-
-def test_two_processes_do_what_one_does_stop_together_and_resume_exactly_after_either_is_killed(repo):
-    hung = start_two(repo, *MANY, '--out_dir=hung', '--max_iters=100000')
-    read_until(hung[0], 'iter 7:')
-    hung[1].kill()
-    with ThreadPoolExecutor(1) as threads:  # process 0 needs half a minute to notice, and must not need a whole one
-        noticed = threads.submit(hung[0].communicate, timeout=60)
-
-        # meanwhile two processes train until one of them is told to stop, and one process alone trains
-        told = start_two(repo, *MANY, '--out_dir=both', '--max_iters=100000', '--sample_tokens=5')
-        out = read_until(told[0], 'iter 22:')
-        assert '4 x cpu' in out and 'iter 12: ' in out and 'a sample at step 10' in out
-        told[1].send_signal(signal.SIGTERM)
-        (out, _), (silent, _) = wait_for_both(told, code=128 + signal.SIGTERM)
-        assert 'stopped by SIGTERM' in out and 'iter' not in silent
-        done = steps_in(repo / 'both')[-1]
-        run(repo, 'train.py', *MANY, '--out_dir=alone', f'--max_iters={done + 3}')
-
-        # the run whose process 1 was killed goes on, as a copy, because process 0 still holds it; process 0 is killed
-        shutil.copytree(repo / 'hung', repo / 'either')
-        either = '--init_from=resume', '--out_dir=either', '--device=cpu'
-        killed = start_two(repo, *either, '--max_iters=100000')
-        read_until(killed[0], 'iter 12:')
-        killed[0].kill()
-        out, err = killed[1].communicate(timeout=60)
-        assert killed[1].returncode != 0 and 'another task died' in err, out + err
-
-        wait_for_both(start_two(repo, *either, f'--max_iters={done - 1}'))
-        assert_same_run(repo / 'either', repo / 'both')
-        wait_for_both(start_two(repo, *either, '--fsdp=True', f'--max_iters={done + 1}'))
-        resume(repo, 'either', '--fsdp=False', f'--max_iters={done + 3}')  # one process alone, from what two saved
-        assert_close_losses(repo / 'either', repo / 'alone')
-
-        out, err = noticed.result()
-        assert hung[0].returncode != 0 and 'another task died' in err, out + err
-
-
-def test_the_gradients_are_reduced_once_an_iteration(repo):
-    """The compiled step shows what the devices send, and whether that is in the accumulation loop."""
-    args = ['--mode=comm', '--json=True', *MANY, '--n_head=8', '--n_embd=64', '--gradient_accumulation_steps=32',
-            '--mesh_data=8']
-    bench = lambda *more: json.loads(run(repo, 'bench.py', *args, *more))
-    r = bench()
-    assert r['micro_steps'] == 4 and r['devices'] == 8
-    assert [(c['kind'], c['inside_loop'], c['count']) for c in r['collectives']] == [('all-reduce', False, 1)]
-    sent = r['collectives'][0]['bytes']
-    assert sent == (r['parameter_bytes_per_device'] + 4) * 2 * 7 / 8  # gradients and the loss, in a ring of 8
-    r = bench('--fsdp=True')
-    kinds = {(c['kind'], c['inside_loop']) for c in r['collectives']}
-    assert kinds == {('all-gather', True), ('reduce-scatter', True)}
-    assert r['optimizer_bytes_per_device'] < 2 * r['parameters'] * 4 / 7
-    r = bench('--mesh_data=4', '--mesh_tensor=2')
-    assert [c['count'] for c in r['collectives'] if c['kind'] == 'all-reduce' and not c['inside_loop']] == [1]
-    assert {c['kind'] for c in r['collectives']} == {'all-reduce'}  # the tensor axis gathers nothing
-    table = run(repo, 'bench.py', *args, '--json=False', '--n_layer=1')
-    assert re.search(r'all-reduce +no +no +1 ', table) and 'computed, not measured' in table
-
-
-# -----------------------------------------------------------------------------
-# random command lines and damaged runs
-
-
-def random_option(rng, keys):
-    """An option that may or may not make sense. Mostly its key is one of `keys`."""
-    key = rng.choice([*keys, *keys, *keys, 'compile', 'backend', 'zzz', 'config', '', 'n_layers'])
-    value = rng.choice(['0', '1', '-1', '2', '3.0', '1e1', '1e-3', 'nan', '1e999', 'True', 'false', '', "''", 'None',
-                        '[1]', '{[]: 1}', '(' * 300, '9' * 5000, '../x', 'data/tiny/', 'tiny', 'resume', 'scratch',
-                        'gpt5', 'cpu', 'cuda:0', 'mps', 'float16', 'bfloat16', 'best', 'Grüße', '$x_$', 'a b',
-                        '\udcff', 'verse.txt', 'verse.txt/x', 'precious'])
-    return rng.choice([f'--{key}={value}'] * 8 + [f'--{key}', f'-{key}={value}', f'{key}={value}', f'--{key} {value}',
-                                                   'config/laptop.py', 'config', 'none.py', 'verse.txt', '--'])
-
-
-def damage_one_file(rng, out_dir):
-    """Does something to one random file of a run. Returns which and what."""
-    path = Path(rng.choice(sorted(map(str, (p for p in out_dir.rglob('*') if p.is_file() and p.name != 'lock')))))
-    if rng.random() < 0.6:  # else nearly all are files of checkpoints
-        path = out_dir / rng.choice(['config.json', 'best.json', 'log.csv', 'loss.png', 'lock'])
-    content = path.read_bytes() if path.exists() else b''
-    at = rng.randrange(len(content) + 1)
-    how = rng.choice(['delete', 'empty', 'cut', 'flip', 'text', 'folder', 'object', 'array', 'parents'])
-    if how == 'parents':
-        shutil.rmtree(path.parent if path.parent != out_dir else out_dir / 'checkpoints')
-    elif how in ('delete', 'folder'):
-        path.unlink()
-        if how == 'folder':
-            path.mkdir()
-    else:
-        flipped = content[:at] + bytes([rng.randrange(256)]) + content[at + 1:]
-        path.write_bytes({'empty': b'', 'cut': content[:at], 'flip': flipped, 'text': b'\xff,x\n',
-                          'object': b'{}', 'array': b'[]'}[how])
-    return path.relative_to(out_dir), how
-
-
-def files_in(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*')
-            if path.is_file() and path.name != 'lock'}
-
-
-def test_no_command_line_and_no_damage_ends_in_a_traceback_or_loses_anything(repo, whole):
-    """Random command lines, and random damage to a run before a sensible one. A command that fails changes no file,
-    except that it puts a damaged checkpoint aside. One that succeeds leaves all intact checkpoints but older ones.
-    More: FUZZ=2000 python -m pytest -q test_train.py -k no_command_line"""
-    import random
-    precious, n = repo / 'precious', int(os.environ.get('FUZZ', 16))
-    (repo / 'precious.py').write_text('for i in range(2):\n    max_iters = 12 + i\n')
-    keys = {script: list(load_config(script)) for script in ('train.py', 'sample.py', 'export.py')}
-    for i in range(n):
-        rng = random.Random(f"{os.environ.get('FUZZ_SEED', 0)} {i}")
-        shutil.rmtree(precious, ignore_errors=True)
-        shutil.copytree(whole, precious)
-        script = rng.choice(['train.py', 'train.py', 'sample.py', 'export.py'])
-        args = {'train.py': rng.choice([['--init_from=resume', '--max_iters=14'], [*TINY, '--max_iters=1']]),
-                'sample.py': ['--max_new_tokens=3', '--num_samples=1', '--start=But'],
-                'export.py': ['--hf_dir=precious-hf']}[script] + ['--out_dir=precious']
-        hurt = None
-        if i % 2:
-            hurt = damage_one_file(rng, precious)
-            args = ['--init_from=resume', '--max_iters=14', '--out_dir=precious'] if script == 'train.py' else args
-        else:
-            args += [random_option(rng, keys[script]) for _ in range(rng.choice([1, 1, 2, 3]))]
-        args += [] if script == 'export.py' else ['--device=cpu']
-        before = files_in(precious)
-        process = start(repo, script, *args)
-        out, err = process.communicate(timeout=300)
-        what = f'case {i}: {script} {args} {hurt}: exit code {process.returncode}\n{out}{err}'
-        assert process.returncode in (0, 1, 2) and 'Traceback' not in err and 'Error:' not in err, what
-        assert process.returncode == 0 or 1 <= len(err.splitlines()) <= 4, what
-        after = files_in(precious)
-        moved = {re.sub(r'^damaged-(\d+)-\d+', r'checkpoints/\1', name): x for name, x in after.items()}
-        if process.returncode or script != 'train.py' or '--eval_only' in ' '.join(args):
-            assert {k: moved.get(k) for k in before} == before, what
-        elif not any('overwrite' in arg for arg in args):
-            steps = sorted({int(name.split('/')[1]) for name in before if re.match(r'checkpoints/\d+/', name)})
-            gone = [name for name in before if name.startswith('checkpoints/') and name not in moved]
-            assert all(int(name.split('/')[1]) < max(steps) for name in gone) if gone else True, what
-        shutil.rmtree(repo / 'precious-hf', ignore_errors=True)
 
 
 # -----------------------------------------------------------------------------

@@ -275,8 +275,8 @@ def show_sample():
 # the loop
 
 key, first_iter = jax.random.key(seed), iter_num
-# Operation by operation, the traceback of a NaN ends at the one that made it. Both are set for this thread: once JAX
-# suspends a global debug_nans, as it does inside some operations, it no longer looks at all results.
+# debug_nans: run operation by operation, so that the traceback ends at the one that made the NaN. It is set for this
+# thread, because JAX no longer looks at every result once it has suspended a global setting, as some operations do.
 with (refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_errors(), log,
       jax.debug_nans(debug_nans), jax.disable_jit(debug_nans)):
     while iter_num <= max_iters or eval_only:
