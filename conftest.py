@@ -196,8 +196,8 @@ if __name__ == '__main__':
         if isinstance(end.code, str):
             raise
         code = end.code or 0
-    # The process ends as a script's does, except that Python would now give back all that the libraries hold. That
-    # takes 0.1 s of two cores, most of it to copy the memory that the helper and its forks have in common.
+    # End as a script ends, but do not let Python give back all that the libraries hold: to write to memory that the
+    # helper and its forks share is to copy it, and takes 0.1 s.
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -964,16 +964,25 @@ def test_bfloat16_trains_like_float32_in_the_code_for_one_cpu(shape):
     assert generate(build(config, state['params']), tokens(1, 3), 30, key=KEY).shape == (1, 33)
 
 
-def test_a_model_with_biases_has_the_same_loss_on_every_mesh_and_almost_so_in_bfloat16():
-    one = None
+def test_a_model_with_biases_trains_alike_on_every_mesh_and_in_bfloat16_and_is_restored_on_any_other(tmp_path):
+    config, one, checkpoints = dataclasses.replace(WIDE, bias=True), None, Checkpoints(tmp_path)
     for mesh in (MESHES[0], MESHES[4], MESHES[6]):
-        full, half = (go_on(state, 0, 10) for state, _, go_on in (
-            start_on(mesh, dataclasses.replace(WIDE, bias=True, dtype=dtype)) for dtype in ('float32', 'bfloat16')))
-        one = one or full[1]
-        np.testing.assert_allclose(full[1], one, atol=1e-4, err_msg=str(mesh))
-        assert 0 < np.abs(np.subtract(full[1], half[1])).max() < 5e-3
-        assert_each_device_holds_its_part(full[0], mesh)
-        assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(half[0]))
+        state, abstract, go_on = start_on(mesh, config)
+        state, curve = go_on(state, 0, 10)
+        if one is None:
+            one, saved = curve, jax.tree.map(np.asarray, state)
+            checkpoints.save(10, state, NO_BEST)
+            checkpoints.wait()
+        np.testing.assert_allclose(curve, one, atol=1e-4, err_msg=str(mesh))
+        assert_each_device_holds_its_part(state, mesh)
+        state, _ = checkpoints.restore(abstract)
+        assert jax.tree.all(jax.tree.map(np.array_equal, state, saved)), mesh
+        assert_each_device_holds_its_part(state, mesh)
+
+        state, _, go_on = start_on(mesh, dataclasses.replace(config, dtype='bfloat16'))
+        state, half = go_on(state, 0, 10)
+        assert 0 < np.abs(np.subtract(curve, half)).max() < 5e-3
+        assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize('kind, platforms, gpus', [
@@ -999,10 +1008,9 @@ def test_the_best_dtype_is_the_one_that_there_are_instructions_for(platform, cpu
 
 
 def test_lora_is_the_same_on_every_mesh(tmp_path):
-    gpt2_files(tmp_path, SMALL)
+    gpt2_files(tmp_path, TINY)
     (tmp_path / 'meta.json').write_text(json.dumps({'vocab_size': 37, 'tokenizer': {}}))
-    config, tx = dataclasses.replace(LORA, n_layer=1, lora_rank=8), make_optimizer(0.9, 0.99, 0.1, 1.0)
-    batch = tokens(2, 8, 17)
+    config, tx, batch = dataclasses.replace(LORA, lora_rank=8), make_optimizer(0.9, 0.99, 0.1, 1.0), tokens(2, 8, 17)
     adapters = sum(x.size for x in jax.tree.leaves(split_lora(init_params(config, 0), config)[0]))
     alone = None
     for data, tensor, fsdp in ((1, 1, False), (8, 1, False), (4, 2, True), (2, 4, False)):
@@ -1025,7 +1033,7 @@ def test_lora_is_the_same_on_every_mesh(tmp_path):
         losses = metrics['loss'], eval_step(join_lora(state['params'], state['base']), batch, config)
         alone = alone or (losses, state['params'])
         close(losses, alone[0], 1e-5)
-        close(state['params'], alone[1], 1e-4)  # after three steps of 1e-2: Adam makes much of a gradient next to zero
+        close(state['params'], alone[1], 2e-5)  # after three steps of 1e-2: Adam makes much of a gradient next to zero
 
 
 # -----------------------------------------------------------------------------

@@ -1092,7 +1092,7 @@ def test_kill_9_at_any_moment_loses_nothing(repo):
         if n == 0:
             read_until(process, 'iter 12:')  # the first time, on any machine, it gets as far as some checkpoints
         try:
-            out, err = process.communicate(timeout=rng.uniform(0.5, 3))
+            out, err = process.communicate(timeout=rng.uniform(0.5, 4))
         except subprocess.TimeoutExpired:
             process.kill()
             out, err = process.communicate()

@@ -275,8 +275,8 @@ def show_sample():
 # the loop
 
 key, first_iter = jax.random.key(seed), iter_num
-# debug_nans: run operation by operation, so that the traceback ends at the one that made the NaN. It is set for this
-# thread, because JAX no longer looks at every result once it has suspended a global setting, as some operations do.
+# debug_nans: run operation by operation, so that the traceback ends at the one that made the NaN. Set it for this
+# thread: some operations suspend it for a moment, and JAX then forgets a global setting for what it has compiled.
 with (refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_errors(), log,
       jax.debug_nans(debug_nans or jax.config.jax_debug_nans), jax.disable_jit(debug_nans)):
     while iter_num <= max_iters or eval_only:
