@@ -37,7 +37,10 @@ TUNABLES = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_thr
 
 
 def pytest_configure(config):
-    """Each of pytest-xdist's workers gets few tests at a time, so that both have something to do until the end."""
+    """Each of pytest-xdist's workers gets few tests at a time, so that both have something to do until the end. The
+    tests simulate eight devices on the CPU, for meshes."""
+    import jax  # not above: the helper must set nothing
+    jax.config.update('jax_num_cpu_devices', 8)
     config.option.maxschedchunk = 2
 
 

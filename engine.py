@@ -66,17 +66,21 @@ def stream(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=1.0
     Stops early when every row has met the token `eot`. Only the first n_vocab tokens are used. With kernels='plain',
     model.generate() writes the text alone, much slower."""
     config, B = model.config, idx.shape[0]
+    done = jnp.zeros(B, bool)
     idx = jnp.asarray(idx, jnp.int32)[:, -config.block_size:]
     if config.kernels == 'plain':
         for seed in jax.random.bits(key, max_new_tokens):
             idx = model.generate(idx, 1, temperature, top_k, top_p, seed=seed, n_vocab=n_vocab)
             yield idx[:, -1:]
+            done = done | (idx[:, -1] == eot)
+            if done.all():
+                break
         return
     config = replace(config, dtype=config.activation_dtype)  # CPUs are slow at a single token in bfloat16
     # every token reads all matrices: keep them in the type in which they are multiplied
     params = jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params_of(model))
     sampling = Sampling(temperature, top_k, top_p, eot, n_vocab or config.vocab_size)
-    made, n, done = 0, idx.shape[1], jnp.zeros(B, bool)
+    made, n = 0, idx.shape[1]
     # the cache is as long as needed, in steps of 64, so that similar prompts share a compilation
     S = min(config.block_size, -(-(n + max_new_tokens) // 64) * 64)
     while made < max_new_tokens:
