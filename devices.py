@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -47,11 +48,6 @@ def find_devices(kind=''):
                          'install for a GPU or a TPU') from None
 
 
-def count_cpus(devices):
-    """How many of these devices are CPUs: all or none. Goes into GPTConfig."""
-    return len(devices) if devices[0].platform == 'cpu' else 0
-
-
 def peak_flops(devices):
     """Peak FLOP/s of these devices together, or None where it is unknown."""
     for kind, flops in PEAK_FLOPS.items():
@@ -59,20 +55,51 @@ def peak_flops(devices):
             return len(devices) * flops
 
 
-def best_dtype(devices):
-    """What to train in: bfloat16, but float32 on a CPU that has no bfloat16 instructions."""
+def best_dtype(devices, kernels=''):
+    """What to train in: bfloat16, but float32 on a CPU that has no bfloat16 instructions, or no kernels, without which
+    XLA's bfloat16 is slow there."""
+    if devices[0].platform != 'cpu':
+        return 'bfloat16'
     try:
-        fast = devices[0].platform != 'cpu' or ' avx512_bf16 ' in Path('/proc/cpuinfo').read_text()
+        fast = kernels != 'plain' and ' avx512_bf16 ' in Path('/proc/cpuinfo').read_text()
     except OSError:
         fast = False
     return 'bfloat16' if fast else 'float32'
 
 
-def no_flash(devices):
-    """Why cuDNN's FlashAttention does not run on these devices, '' if it does."""
-    capability = str(getattr(devices[0], 'compute_capability', ''))  # such as 9.0; AMD's are gfx...
-    is_new = re.fullmatch(r'\d+\.\d+', capability) and float(capability) >= 8
-    return '' if is_new else f'{devices[0].device_kind} is not an NVIDIA GPU of the A100 or later'
+def choose_kernels(config, devices, flash=True, kernels=''):
+    """(config, text): a GPTConfig with the kernels of kernels.py that pay on these devices, or with none for 'plain'.
+    `flash` allows FlashAttention, where the model and the devices can have it. The text, for the log, names what runs."""
+    if kernels == 'plain':
+        return replace(config, kernels='plain'), ', plain functions'
+    platform, text = devices[0].platform, ''
+    if platform == 'cpu':
+        kernels = 'cpu' if len(devices) == 1 else 'cpus'
+    elif platform == 'tpu':
+        kernels = 'tpu'
+    else:
+        why_not = '' if flash else 'flash = False'
+        why_not = why_not or no_cudnn(config, devices[0])
+        kernels = 'gpu' if why_not else 'cudnn'
+        text = f', no FlashAttention ({why_not})' if why_not else ", cuDNN's FlashAttention"
+    try:
+        from kernels import edited  # here, because a plain model needs no kernels.py
+    except ImportError:
+        return replace(config, kernels='plain'), ', plain functions (there is no kernels.py)'
+    if names := edited(kernels):
+        text += f'; edited in model.py, so without their kernels: {", ".join(names)}'
+    return replace(config, kernels=kernels), text
+
+
+def no_cudnn(config, device):
+    """Why cuDNN's FlashAttention cannot compute a model on a device, '' if it can."""
+    capability = str(getattr(device, 'compute_capability', ''))  # such as 9.0; AMD's are gfx...
+    if not re.fullmatch(r'\d+\.\d+', capability) or float(capability) < 8:
+        return f'{device.device_kind} is not an NVIDIA GPU of the A100 or later'
+    if config.dtype == 'float32' or config.dropout or config.head_size not in range(8, 129, 8):
+        return (f'dtype = {config.dtype}, dropout = {config.dropout}, n_embd / n_head = {config.head_size}: it wants 16 '
+                'bits, 0, and a multiple of 8 up to 128')
+    return ''
 
 
 def make_mesh(devices, data=-1, tensor=1):

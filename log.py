@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax.nnx.traversals import flatten_mapping
 from tqdm import tqdm
 
 from rundir import RunError, write
@@ -183,15 +182,3 @@ class Log:
         if n == 0 and self.file and not self.stop.number:
             self.say('the run was finished: a higher --max_iters makes it longer, and with decay_lr also a '
                      'higher --lr_decay_iters')
-
-
-def lora_table(trained, frozen, config):
-    """How many parameters LoRA trains, as text."""
-    sizes = {path: x.size for path, x in flatten_mapping(trained).items()}
-    n, n_frozen = sum(sizes.values()), sum(x.size for x in jax.tree.leaves(frozen))
-    n_A = sum(size for path, size in sizes.items() if path[-1] == 'lora_A')
-    lines = [f'LoRA of rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {len(sizes) // 2} matrices']
-    for name, size, note in (('trainable', n, f'A {n_A:,}, B {n - n_A:,}'), ('frozen', n_frozen, ''),
-                             ('total', n + n_frozen, '')):
-        lines.append(f'  {name:10} {size:>15,} {100 * size / (n + n_frozen):6.2f}%  {note}'.rstrip())
-    return '\n'.join(lines)

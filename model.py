@@ -1,8 +1,12 @@
 """
-The GPT: its layers, its loss, and how it writes text. Everything else is in another room.
+The whole GPT in plain JAX: its config, its functions, its layers, its loss, and a loop that writes text.
 
-Letters for dimensions, as in nanoGPT: B batch, T time (T <= block_size), C = n_embd, nh = n_head,
-hs = C // nh, V = vocab_size; S is the length of the key-value cache.
+What you change here is what runs, in training, in evaluation and in sampling, on every device and on every mesh. A
+function that is marked @fast may have a faster twin in kernels.py, a kernel. It was made for the function as it stands
+here, so once you edit the function, your lines run instead, and the log says so. `--kernels=plain` uses no kernel.
+
+Letters for dimensions, as in nanoGPT: B batch, T time (T <= block_size), C = n_embd, nh = n_head, hs = C // nh,
+V = vocab_size; S is the length of the key-value cache.
 
 References:
 1) nanoGPT's model.py: https://github.com/karpathy/nanoGPT/blob/master/model.py
@@ -11,13 +15,18 @@ References:
 """
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-import ops
+# An architecture is a row: its norms, its positions, its MLP, and whether it normalizes queries and keys. Add a row,
+# and `--arch=yours` trains it.
+ARCHS = {
+    'gpt2': dict(norm='layer', positions='learned', mlp='gelu', qk_norm=False),
+    'qwen3': dict(norm='rms', positions='rotary', mlp='swiglu', qk_norm=True),
+}
 
 
 @dataclass(frozen=True)
@@ -27,75 +36,197 @@ class GPTConfig:
     n_layer: int
     n_head: int
     n_embd: int
-    arch: str = 'gpt2'  # the block: 'gpt2', or 'qwen3', which learns more from every token
-    n_inner: int = 0  # width of the MLP; 0: 4 n_embd in gpt2, about 8/3 n_embd in qwen3
-    rope_theta: float = 10000.0  # qwen3: a higher one turns rotary positions more slowly
+    arch: str = 'gpt2'  # a row of ARCHS: 'gpt2', or 'qwen3', which learns more from every token
+    n_inner: int = 0  # width of the MLP; 0: 4 n_embd with GELU, about 8/3 n_embd with SwiGLU
+    rope_theta: float = 10000.0  # rotary positions: a higher one turns them more slowly
     dropout: float = 0.0
     bias: bool = False  # biases in Linears and LayerNorms, like GPT-2; False: a bit better and faster
     dtype: str = 'float32'  # matrices are multiplied in it; parameters, norms and loss are float32
-    flash: bool = False  # cuDNN's FlashAttention, on NVIDIA GPUs
     remat: bool = False  # compute activations again in the backward pass instead of storing them
     loss_chunks: int = 1  # compute the logits of so many parts of the batch one after the other
     lora_rank: int = 0  # above 0, train only a product A B of this rank beside each matrix (LoRA)
     lora_alpha: float = 16.0  # A B is multiplied by lora_alpha / lora_rank
-    cpus: int = 0  # how many CPU devices run this, 0 on GPUs and TPUs; no property of the model
+    kernels: str = 'plain'  # 'plain': none; else the set of kernels.py's functions to use, as devices.py chooses it
 
     @property
-    def one_cpu(self):
-        return self.cpus == 1
+    def row(self):
+        return ARCHS[self.arch]
+
+    @property
+    def head_size(self):
+        return self.n_embd // self.n_head
 
     @property
     def mlp_width(self):
-        swiglu = -(-8 * self.n_embd // 96) * 32  # 8/3 n_embd, rounded up to a multiple of 32
-        return self.n_inner or {'gpt2': 4 * self.n_embd, 'qwen3': swiglu}[self.arch]
+        if self.n_inner:
+            return self.n_inner
+        if self.row['mlp'] == 'gelu':
+            return 4 * self.n_embd
+        return -(-8 * self.n_embd // 96) * 32  # 8/3 n_embd, rounded up to a multiple of 32
 
     @property
     def activation_dtype(self):
-        """The type between matrices: on a CPU, XLA's bfloat16 code is fast only at matmul."""
-        return 'float32' if self.cpus and self.dtype == 'bfloat16' else self.dtype
-
-    @property
-    def no_flash(self):
-        """Why cuDNN's FlashAttention cannot compute this model, '' if it can."""
-        head_size = self.n_embd // self.n_head
-        can = self.dtype != 'float32' and not self.dropout and head_size in range(8, 129, 8)
-        return '' if can else (f'dtype = {self.dtype}, dropout = {self.dropout}, n_embd / n_head = '
-                               f'{head_size}: it wants 16 bits, 0, and a multiple of 8 up to 128')
+        """The type of activations between matrices. On a CPU, only matmuls are fast in bfloat16."""
+        on_cpu = self.kernels in ('cpu', 'cpus')
+        return 'float32' if on_cpu and self.dtype == 'bfloat16' else self.dtype
 
     def __post_init__(self):
-        lowest = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_inner=0, rope_theta=1,
-                      loss_chunks=1)
+        lowest = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_inner=0, rope_theta=1, loss_chunks=1)
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f'{name} = {getattr(self, name)}: must be at least {low}')
-        if self.n_layer > 1000:  # each layer is compiled: nobody waits for so many
+        if self.n_layer > 1000:
             raise ValueError(f'n_layer = {self.n_layer}: must be at most 1000')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}')
-        if self.arch not in ('gpt2', 'qwen3'):
-            raise ValueError(f"arch = {self.arch!r}: must be 'gpt2' or 'qwen3'")
-        head_size = self.n_embd // self.n_head
-        if self.arch == 'qwen3' and (self.bias or head_size % 2):
-            raise ValueError(f"bias = {self.bias}, n_embd / n_head = {head_size}: arch = 'qwen3' has no "
-                             'biases, and turns the channels of a head in pairs')
+        if self.arch not in ARCHS:
+            raise ValueError(f'arch = {self.arch!r}: must be {" or ".join(map(repr, ARCHS))}')
+        if self.bias and self.row['norm'] == 'rms':
+            raise ValueError(f'bias = True: arch = {self.arch!r} has RMSNorm, which goes without biases')
+        if self.row['positions'] == 'rotary' and self.head_size % 2:
+            raise ValueError(f'n_embd / n_head = {self.head_size}: arch = {self.arch!r} turns the channels of a head in '
+                             'pairs, so it must be even')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout = {self.dropout}: must be at least 0 and below 1')
         if self.dtype not in ('float32', 'bfloat16', 'float16'):
             raise ValueError(f'dtype = {self.dtype!r}: must be float32, bfloat16 or float16')
         if self.block_size % self.loss_chunks:
             raise ValueError(f'loss_chunks = {self.loss_chunks}: must divide block_size = {self.block_size}')
-        if self.flash and self.no_flash:
-            raise ValueError(f'flash = True: cuDNN has no FlashAttention for {self.no_flash}')
         if not 0 <= self.lora_rank <= self.n_embd:
             raise ValueError(f'lora_rank = {self.lora_rank}: must be from 0 to n_embd = {self.n_embd}')
         if self.lora_alpha <= 0:
             raise ValueError(f'lora_alpha = {self.lora_alpha}: must be above 0')
 
 
+# -----------------------------------------------------------------------------
+# functions
+
+FAST = {}  # the functions below that are marked, by name
+
+
+def fast(plain):
+    """Marks a function that may have a kernel. f(..., kernels='gpu') runs the kernel that pays on a GPU, if there is
+    one and if it can do what is asked; f(...) always runs the function as it stands here."""
+    FAST[plain.__name__] = plain
+
+    @functools.wraps(plain)
+    def choose(*args, kernels='plain', **more):
+        if kernels != 'plain':
+            from kernels import kernel_for  # here, because a plain model needs no kernels.py
+            result = kernel_for(plain, kernels)(*args, **more)
+            if result is not NotImplemented:
+                return result
+        return plain(*args, **more)
+
+    return choose
+
+
+@fast
+def linear(x, weight, bias=None, dtype='float32'):
+    """x @ weight + bias, multiplied in dtype: x (..., in), weight (in, *out), bias (*out,), result (..., *out)."""
+    y = jnp.tensordot(x.astype(dtype), weight.astype(dtype), 1, preferred_element_type=x.dtype)
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+@fast
+def unembed(x, weight, dtype='float32'):
+    """The logits x @ weight.T (..., V), multiplied in dtype, for features x (..., C) and the embedding (V, C)."""
+    return jnp.einsum('...c,vc->...v', x.astype(dtype), weight.astype(dtype), preferred_element_type=x.dtype)
+
+
+@fast
+def layer_norm(x, weight, bias=None):
+    """weight * (x - mean) / sqrt(var + 1e-5) + bias over the last dimension, in float32: x (..., C)."""
+    centered = x.astype(jnp.float32)
+    centered = centered - centered.mean(-1, keepdims=True)
+    y = centered * jax.lax.rsqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * weight
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+@fast
+def rms_norm(x, weight):
+    """weight * x / sqrt(mean(x^2) + 1e-6) over the last dimension, in float32: x (..., C)."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt((x32**2).mean(-1, keepdims=True) + 1e-6) * weight).astype(x.dtype)
+
+
+@fast
+def gelu(x):
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), GPT-2's form (https://arxiv.org/abs/1606.08415)."""
+    return 0.5 * x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@fast
+def swiglu(x):
+    """silu(gate) * up for gate and up in x (..., 2, F), where silu(x) = x sigmoid(x): https://arxiv.org/abs/2002.05202."""
+    gate, up = x[..., 0, :], x[..., 1, :]
+    return jax.nn.silu(gate) * up
+
+
+@fast
+def dropout(x, rate, key):
+    """x / (1 - rate) where it is kept, which has the probability 1 - rate, else 0. Without a key, x."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+@fast
+def rotary_angles(pos, T, hs, theta):
+    """Cosines and sines, (T, hs) each, for T positions from pos on: channels i and i + hs / 2 are a pair, which turns
+    by theta^(-2 i / hs) from one position to the next (RoPE, https://arxiv.org/abs/2104.09864)."""
+    speeds = theta ** (-jnp.arange(0, hs, 2, dtype=jnp.float32) / hs)
+    angles = (pos + jnp.arange(T, dtype=jnp.float32))[:, None] * speeds
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+
+
+@fast
+def rotate(x, angles):
+    """x (..., T, hs) with each pair (a, b) turned to (a cos - b sin, b cos + a sin), in float32. So the product of a
+    query and a key depends on the distance of their positions. The roll by half the channels swaps a and b."""
+    cos, sin = angles
+    x32 = x.astype(jnp.float32)
+    return (x32 * cos + jnp.roll(x32, x.shape[-1] // 2, -1) * sin).astype(x.dtype)
+
+
+@fast
+def attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32'):
+    """dropout(softmax(q k' / sqrt(hs))) v, where no query sees a later key. The queries q (B, nh, T, hs) stand at
+    positions pos, pos + 1, ..., the keys k and values v (B, nh, S, hs) at 0, 1, ...: in training S = T and pos = 0, and
+    with a cache T = 1. The result is (B, nh, T, hs)."""
+    q, k, v, result = q.astype(dtype), k.astype(dtype), v.astype(dtype), q.dtype
+    t = pos + jnp.arange(q.shape[2])[:, None]  # where the queries stand
+    s = jnp.arange(k.shape[2])  # where the keys stand
+    scores = jnp.einsum('bhtd,bhsd->bhts', q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    scores = jnp.where(s <= t, scores, -jnp.inf)
+    probs = dropout(jax.nn.softmax(scores), rate, key)
+    return jnp.einsum('bhts,bhsd->bhtd', probs.astype(dtype), v, preferred_element_type=result)
+
+
+@fast
+def cross_entropy(logits, targets):
+    """The mean of -log softmax(logits)[target], in float32: logits (..., V), targets (...)."""
+    logits = logits.astype(jnp.float32)
+    # compare, do not look up: the gradient of a lookup is a scatter, which chips are slow at
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    target_logits = jnp.where(is_target, logits, 0).sum(-1)
+    return (jax.nn.logsumexp(logits, -1) - target_logits).mean()
+
+
+def split_key(key, n):
+    """n random keys from one, or n times None where there is no key."""
+    return [None] * n if key is None else jax.random.split(key, n)
+
+
+# -----------------------------------------------------------------------------
+# layers
+
+
 def init_table(config):
-    """The initial value of every parameter, as in GPT-2: projections into the residual stream start
-    smaller, by the square root of their number. LoRA starts with B = 0, so that it changes nothing
-    at first."""
+    """The initial value of every parameter: a standard deviation of 0.02, as in GPT-2, and for projections into the
+    residual stream 0.02 / sqrt(2 n_layer). LoRA's B is zero, so the adapters add nothing at first."""
     return {'weight': nnx.initializers.normal(0.02),
             'residual': nnx.initializers.normal(0.02 / math.sqrt(2 * config.n_layer)),
             'scale': nnx.initializers.ones,
@@ -108,27 +239,30 @@ class LayerNorm(nnx.Module):
     """LayerNorm with an optional bias."""
 
     def __init__(self, config, rngs):
+        self.config = config
         init, shape = init_table(config), (config.n_embd,)
         self.weight = nnx.Param(init['scale'](rngs.params(), shape))
         self.bias = nnx.Param(init['bias'](rngs.params(), shape)) if config.bias else None
 
     def __call__(self, x):
-        return ops.layer_norm(x, self.weight[...], None if self.bias is None else self.bias[...])
+        bias = None if self.bias is None else self.bias[...]
+        return layer_norm(x, self.weight[...], bias, kernels=self.config.kernels)
 
 
 class RMSNorm(nnx.Module):
-    """LayerNorm without mean and bias, over n channels: qwen3's."""
+    """LayerNorm without mean and bias, over n channels (n_embd if it is not given)."""
 
     def __init__(self, config, rngs, n=None):
+        self.config = config
         self.weight = nnx.Param(init_table(config)['scale'](rngs.params(), (n or config.n_embd,)))
 
     def __call__(self, x):
-        return ops.rms_norm(x, self.weight[...])
+        return rms_norm(x, self.weight[...], kernels=self.config.kernels)
 
 
 class Linear(nnx.Module):
-    """x @ weight + bias, (..., in) to (..., *out). The weight is (in, *out), as in GPT-2's own
-    files. With LoRA, x @ A @ B is added, where A is (in, rank) and B is (rank, *out)."""
+    """x @ weight + bias, (..., in) to (..., *out). The weight is (in, *out), as in GPT-2's own files. With LoRA, x @ A
+    @ B is added, where A is (in, rank) and B is (rank, *out): https://arxiv.org/abs/2106.09685."""
 
     def __init__(self, shape, config, rngs, kind='weight'):
         init = init_table(config)
@@ -140,8 +274,9 @@ class Linear(nnx.Module):
             self.lora_B = nnx.Param(init['lora_B'](rngs.params(), (rank, *shape[1:])))
 
     def __call__(self, x):
-        config, bias = self.config, None if self.bias is None else self.bias[...]
-        y = ops.linear(x, self.weight[...], bias, config.dtype, config.one_cpu)
+        config = self.config
+        bias = None if self.bias is None else self.bias[...]
+        y = linear(x, self.weight[...], bias, config.dtype, kernels=config.kernels)
         if config.lora_rank:
             A, B = self.lora_A[...].astype(x.dtype), self.lora_B[...].astype(x.dtype)
             y += config.lora_alpha / config.lora_rank * jnp.tensordot(x @ A, B, 1)
@@ -154,67 +289,56 @@ class CausalSelfAttention(nnx.Module):
         C = config.n_embd
         self.c_attn = Linear((C, 3, C), config, rngs)  # query, key and value for all heads
         self.c_proj = Linear((C, C), config, rngs, 'residual')
-        if config.arch == 'qwen3':
-            self.q_norm = RMSNorm(config, rngs, C // config.n_head)
-            self.k_norm = RMSNorm(config, rngs, C // config.n_head)
+        if config.row['qk_norm']:
+            self.q_norm = RMSNorm(config, rngs, config.head_size)
+            self.k_norm = RMSNorm(config, rngs, config.head_size)
 
     def __call__(self, x, key=None, cache=None, pos=0, angles=None):
         config, (B, T, C) = self.config, x.shape
-        attn_key, resid_key = ops.split_key(key, 2)
-        qkv = self.c_attn(x).reshape(B, T, 3, config.n_head, C // config.n_head)
+        attn_key, resid_key = split_key(key, 2)
+        qkv = self.c_attn(x).reshape(B, T, 3, config.n_head, config.head_size)
         q, k, v = (a[:, :, 0].swapaxes(1, 2) for a in jnp.split(qkv, 3, 2))  # (B, nh, T, hs) each
-        if config.arch == 'qwen3':
-            q, k = ops.rotate(self.q_norm(q), angles), ops.rotate(self.k_norm(k), angles)
-        if cache is not None:
-            y, (k, v) = ops.attention_to_cache(q, k, v, cache, pos)
-        elif config.flash:
-            y = ops.flash_attention(q, k, v)
-        else:
-            rate = 0.0 if key is None else config.dropout
-            y = ops.attention(q, k, v, rate, attn_key, config.dtype, config.one_cpu)
+        if config.row['qk_norm']:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = (rotate(a, angles, kernels=config.kernels) for a in (q, k))
+        if cache is not None:  # put this token's key and value beside those of the tokens before it
+            k, v = (jax.lax.dynamic_update_slice(old, new, (0, 0, pos, 0)) for old, new in zip(cache, (k, v)))
+        rate = 0.0 if key is None else config.dropout
+        y = attention(q, k, v, pos, rate, attn_key, config.dtype, kernels=config.kernels)
         y = y.transpose(0, 2, 1, 3).reshape(B, T, C)  # all heads side by side again
-        return ops.dropout(self.c_proj(y), config.dropout, resid_key), (k, v)
+        return dropout(self.c_proj(y), config.dropout, resid_key, kernels=config.kernels), (k, v)
 
 
 class MLP(nnx.Module):
     def __init__(self, config, rngs):
         self.config = config
-        C = config.n_embd
-        self.c_fc = Linear((C, config.mlp_width), config, rngs)
+        C, gated = config.n_embd, config.row['mlp'] == 'swiglu'
+        # SwiGLU has two matrices side by side, of which one is a gate for the other
+        self.c_fc = Linear((C, 2, config.mlp_width) if gated else (C, config.mlp_width), config, rngs)
         self.c_proj = Linear((config.mlp_width, C), config, rngs, 'residual')
 
     def __call__(self, x, key=None):
-        x = ops.gelu(self.c_fc(x))
-        return ops.dropout(self.c_proj(x), self.config.dropout, key)
+        config = self.config
+        act = swiglu if config.row['mlp'] == 'swiglu' else gelu
+        x = self.c_proj(act(self.c_fc(x), kernels=config.kernels))
+        return dropout(x, config.dropout, key, kernels=config.kernels)
 
 
-class SwiGLU(nnx.Module):
-    """qwen3's MLP: two matrices side by side, of which one is a gate for the other."""
-
-    def __init__(self, config, rngs):
-        self.config = config
-        C = config.n_embd
-        self.c_fc = Linear((C, 2, config.mlp_width), config, rngs)  # gate and up
-        self.c_proj = Linear((config.mlp_width, C), config, rngs, 'residual')
-
-    def __call__(self, x, key=None):
-        x = ops.swiglu(self.c_fc(x))
-        return ops.dropout(self.c_proj(x), self.config.dropout, key)
-
-
-NORM, FEED_FORWARD = {'gpt2': LayerNorm, 'qwen3': RMSNorm}, {'gpt2': MLP, 'qwen3': SwiGLU}
+def norm(config, rngs):
+    return LayerNorm(config, rngs) if config.row['norm'] == 'layer' else RMSNorm(config, rngs)
 
 
 class Block(nnx.Module):
     def __init__(self, config, rngs):
-        self.ln_1 = NORM[config.arch](config, rngs)
+        self.ln_1 = norm(config, rngs)
         self.attn = CausalSelfAttention(config, rngs)
-        self.ln_2 = NORM[config.arch](config, rngs)
-        self.mlp = FEED_FORWARD[config.arch](config, rngs)
+        self.ln_2 = norm(config, rngs)
+        self.mlp = MLP(config, rngs)
 
-    @jax.jit  # JAX traces it once for all layers
+    @jax.jit  # JAX traces it once for all layers; `self` can be an argument, since a module is a pytree of parameters
     def __call__(self, x, key=None, cache=None, pos=0, angles=None):
-        attn_key, mlp_key = ops.split_key(key, 2)
+        attn_key, mlp_key = split_key(key, 2)
         y, cache = self.attn(self.ln_1(x), attn_key, cache, pos, angles)
         x = x + y
         x = x + self.mlp(self.ln_2(x), mlp_key)
@@ -230,75 +354,91 @@ class GPT(nnx.Module):
     def __init__(self, config, *, rngs):
         self.config = config
         self.wte = Embedding(config.vocab_size, config, rngs)  # tokens; tied: also the output layer
-        if config.arch == 'gpt2':
-            self.wpe = Embedding(config.block_size, config, rngs)  # positions
+        if config.row['positions'] == 'learned':
+            self.wpe = Embedding(config.block_size, config, rngs)
         self.h = nnx.List([Block(config, rngs) for _ in range(config.n_layer)])
-        self.ln_f = NORM[config.arch](config, rngs)
+        self.ln_f = norm(config, rngs)
 
     def features(self, idx, key=None, cache=None, pos=0):
-        """What the last block computes for the tokens idx (B, T), normalized: (B, T, C). And the
-        keys and values of each layer, a list of pairs (B, nh, T, hs). A key turns dropout on.
-
-        With such a list as the cache, for S positions, idx is a single token (B, 1) at position
-        pos, which sees the pos tokens before it. The cache that is returned has this token in it,
-        too."""
+        """Final features (B, T, C) of the tokens idx (B, T), and each layer's keys and values, a list of pairs (B, nh,
+        T, hs). A key turns dropout on. With such a list for S positions as the cache, idx is one token (B, 1) at
+        position pos, which sees the tokens before it; the list that is returned includes it."""
         config, T = self.config, idx.shape[1]
-        keys = ops.split_key(key, 1 + config.n_layer)
+        keys = split_key(key, 1 + config.n_layer)
         x, angles = self.wte.weight[...][idx], None
-        if config.arch == 'gpt2':
+        if config.row['positions'] == 'learned':
             x += jax.lax.dynamic_slice_in_dim(self.wpe.weight[...], pos, T)
         else:
-            angles = ops.rotary_angles(pos, T, config.n_embd // config.n_head, config.rope_theta)
-        x = ops.dropout(x.astype(config.activation_dtype), config.dropout, keys[0])
+            angles = rotary_angles(pos, T, config.head_size, config.rope_theta, kernels=config.kernels)
+        x = dropout(x.astype(config.activation_dtype), config.dropout, keys[0], kernels=config.kernels)
         new_cache = []
         for i, block in enumerate(self.h):
-            block = jax.checkpoint(block) if config.remat and cache is None else block
-            x, layer_cache = block(x, keys[1 + i], cache and cache[i], pos, angles)
+            if config.remat and cache is None:
+                block = jax.checkpoint(block)
+            x, layer_cache = block(x, keys[1 + i], None if cache is None else cache[i], pos, angles)
             new_cache.append(layer_cache)
         return self.ln_f(x), new_cache
 
     def head(self, x):
         """Logits (..., V) of features x (..., C)."""
-        return ops.logits(x, self.wte.weight[...], self.config.dtype, self.config.one_cpu)
+        return unembed(x, self.wte.weight[...], self.config.dtype, kernels=self.config.kernels)
 
     def __call__(self, idx, key=None):
         """Logits (B, T, V) for tokens idx (B, T). A key turns dropout on."""
         return self.head(self.features(idx, key)[0])
 
     def loss(self, tokens, key=None, parts=1):
-        """The mean loss of predicting tokens[:, 1:] from tokens[:, :-1], for tokens (B, T + 1). The
-        blocks see the batch in so many independent parts, each with dropout of its own."""
+        """The mean loss of predicting tokens[:, 1:] from tokens[:, :-1], for tokens (B, T + 1). The blocks see the
+        batch in so many independent parts, each with dropout of its own (step.py's batch_loss says why)."""
         tokens = tokens.astype(jnp.int32)
         keys = [key if key is None else jax.random.fold_in(key, i) for i in range(parts)]
         idx, targets = jnp.array_split(tokens[:, :-1], parts), tokens[:, 1:]
         x = jnp.concatenate([self.features(part, key)[0] for part, key in zip(idx, keys)])
+        loss = functools.partial(cross_entropy, kernels=self.config.kernels)
         n, C = self.config.loss_chunks, self.config.n_embd
         if n == 1:
-            return ops.cross_entropy(self.head(x), targets)
+            return loss(self.head(x), targets)
         # one chunk's logits exist at a time; the backward pass computes them again
-        chunk_loss = jax.checkpoint(lambda chunk: ops.cross_entropy(self.head(chunk[0]), chunk[1]))
+        chunk_loss = jax.checkpoint(lambda chunk: loss(self.head(chunk[0]), chunk[1]))
         return jax.lax.map(chunk_loss, (x.reshape(n, -1, C), targets.reshape(n, -1))).mean()
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, *, seed=0, **how):
-        """generate(), below, as nanoGPT calls it. A seed takes the place of PyTorch's global one."""
-        return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k,
-                        key=jax.random.key(seed), **how)
+    @jax.jit
+    def next_logits(self, window, n):
+        """Logits (B, V) of the token after the first n of the window (B, T)."""
+        return self.head(self.features(window)[0][:, n - 1])
 
-    @classmethod
-    def from_pretrained(cls, name_or_directory, **changes):
-        """'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a directory with a GPT-2 or a Qwen3, as
-        Hugging Face has them. `changes` go into its GPTConfig: dropout, dtype, or a smaller
-        block_size. Raises ValueError. For a run directory there is load_model() in rundir.py."""
-        import hf
-        fields, tensors = hf.open_pretrained(name_or_directory)
-        hf.check_tensors(tensors, abstract_params(GPTConfig(**fields)), fields, name_or_directory)
-        config = GPTConfig(**fields | changes)
-        return build(config, hf.read_params(tensors, abstract_params(config), config.arch))
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, *, seed=0, n_vocab=None):
+        """The prompts idx (B, T) with max_new_tokens more tokens each, of which all are below n_vocab. Computes the
+        whole context anew for every token, as nanoGPT does; engine.py writes the same much faster."""
+        idx, T = jnp.asarray(idx, jnp.int32), self.config.block_size
+        for i in range(max_new_tokens):
+            context = idx[:, -T:]
+            n = context.shape[1]
+            window = jnp.pad(context, ((0, 0), (0, T - n)))  # always as long, so that it compiles once
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            token = sample_token(self.next_logits(window, n)[:, :n_vocab], key, temperature, top_k, top_p)
+            idx = jnp.concatenate([idx, token[:, None]], 1)
+        return idx
+
+
+def sample_token(logits, key, temperature, top_k, top_p):
+    """One token for each row of logits (B, V). Keeps the top_k likeliest, then the fewest of these that reach
+    probability top_p together."""
+    if temperature == 0:
+        return logits.argmax(-1).astype(jnp.int32)
+    V, ids = logits.shape[-1], None
+    logits = logits.astype(jnp.float32) / temperature
+    if top_p < 1 or (top_k and top_k < V):
+        logits, ids = jax.lax.top_k(logits, min(top_k or V, V))  # sorted, the likeliest first
+    if top_p < 1:
+        probs = jax.nn.softmax(logits, -1)
+        logits = jnp.where(jnp.cumsum(probs, -1) - probs < top_p, logits, -jnp.inf)
+    choice = jax.random.categorical(key, logits, -1)
+    return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], -1)[:, 0]
 
 
 # -----------------------------------------------------------------------------
-# A model is a GPTConfig and a nested dict of arrays, named as in GPT-2:
-# params['h'][0]['attn']['c_attn']...
+# A model is a GPTConfig and a nested dict of arrays, named as in GPT-2: params['h'][0]['attn']['c_attn']...
 
 
 def init_params(config, seed):
@@ -322,6 +462,11 @@ def build(config, params):
     return nnx.merge(graphdef(config), params)
 
 
+def params_of(model):
+    """The parameters of a model, as a nested dict."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
 def num_params(params):
     """The number of parameters without position embeddings, as nanoGPT counts them."""
     positions = params['wpe']['weight'].size if 'wpe' in params else 0
@@ -329,102 +474,6 @@ def num_params(params):
 
 
 def flops_per_token(config, n_params, n_frozen=0):
-    """The FLOPs of a training step for each token (PaLM, appendix B): 6 for each parameter and 12 L
-    C T for attention. Frozen parameters have no gradient of their own: 4."""
+    """The FLOPs of a training step for each token: 6 for each parameter and 12 L C T for attention (PaLM, appendix B,
+    https://arxiv.org/abs/2204.02311). Frozen parameters have no gradient of their own: 4."""
     return 6 * n_params - 2 * n_frozen + 12 * config.n_layer * config.n_embd * config.block_size
-
-
-# -----------------------------------------------------------------------------
-# writing text
-
-
-def sample_token(logits, key, temperature, top_k, top_p):
-    """One token for each row of logits (B, V). Keeps the top_k likeliest, then the fewest of these
-    that reach probability top_p together."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    V, ids = logits.shape[-1], None
-    logits = logits.astype(jnp.float32) / temperature
-    if top_p < 1 or (top_k and top_k < V):
-        logits, ids = jax.lax.top_k(logits, min(top_k or V, V))  # sorted, the likeliest first
-    if top_p < 1:
-        probs = jax.nn.softmax(logits, -1)
-        logits = jnp.where(jnp.cumsum(probs, -1) - probs < top_p, logits, -jnp.inf)
-    choice = jax.random.categorical(key, logits, -1)
-    return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], -1)[:, 0]
-
-
-def decoding_params(params, config):
-    """Parameters as decoding reads them: matrices in the model's dtype, as each token reads all."""
-    return jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
-
-
-@functools.partial(jax.jit, static_argnames='config')
-def prefill(params, window, config):
-    """Each layer's key-value cache, a pair of (B, nh, S, hs), for the tokens window (B, S)."""
-    return build(config, params).features(window)[1]
-
-
-@functools.partial(jax.jit, static_argnames=('config', 'eot', 'n_vocab', 'how'),
-                   donate_argnames=('window', 'cache'))
-def decode(params, window, cache, done, pos, end, made, key, config, eot, n_vocab, how):
-    """Writes window[:, pos:end], token by token, and fills the cache. Rows that are `done` (B,)
-    have met the token `eot` and repeat it. `made` counts the tokens since the prompt: each has a
-    random key of its own."""
-    model = build(config, params)
-
-    def write_token(carry):
-        window, cache, done, pos, made = carry
-        last = jax.lax.dynamic_slice_in_dim(window, pos - 1, 1, axis=1)
-        x, cache = model.features(last, cache=cache, pos=pos - 1)
-        logits = model.head(x[:, 0])[:, :n_vocab]
-        token = sample_token(logits, jax.random.fold_in(key, made), *how).astype(window.dtype)
-        if eot is not None:
-            token = jnp.where(done, eot, token)
-            done = done | (token == eot)
-        window = jax.lax.dynamic_update_slice(window, token[:, None], (0, pos))
-        return window, cache, done, pos + 1, made + 1
-
-    not_yet = lambda carry: (carry[3] < end) & ~carry[2].all()
-    return jax.lax.while_loop(not_yet, write_token, (window, cache, done, pos, made))
-
-
-def stream(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=1.0, key, eot=None,
-           n_vocab=None, chunk=None):
-    """Continues the prompts idx (B, T) and yields the new tokens as they are made, in arrays (B, <=
-    chunk).
-
-    A prompt longer than block_size is cut to its end. When the context is full, its last half
-    becomes the new prompt. Stops early when every row has met the token `eot`. Only the first
-    n_vocab tokens are used: the vocabulary may be padded."""
-    # CPUs decode in float32: bfloat16 is slow for a single token
-    config = replace(model.config, dtype=model.config.activation_dtype)
-    params = decoding_params(nnx.to_pure_dict(nnx.state(model, nnx.Param)), config)
-    B = idx.shape[0]
-    idx = jnp.asarray(idx, jnp.int32)[:, -config.block_size:]
-    done, made, n = jnp.zeros(B, bool), 0, idx.shape[1]
-    # the cache is as long as needed, in steps of 64, so that similar prompts share a compilation
-    S = min(config.block_size, -(-(n + max_new_tokens) // 64) * 64)
-    while made < max_new_tokens:
-        # the window holds S tokens of context and one more, which they lead to
-        window = jnp.zeros((B, S + 1), jnp.int32).at[:, :n].set(idx)
-        cache = prefill(params, window[:, :S], config)
-        end = min(S + 1, n + max_new_tokens - made)
-        while n < end:
-            stop = min(n + (chunk or end), end)
-            window, cache, done, pos, _ = decode(
-                params, window, cache, done, n, stop, made, key, config, eot,
-                n_vocab or config.vocab_size, (temperature, top_k, top_p))
-            finished, pos = bool(done.all()), int(pos)
-            yield window[:, n:pos]
-            made, n = made + pos - n, pos
-            if finished:
-                return
-        n = max(config.block_size // 2, 1)
-        idx = window[:, S + 1 - n:]
-
-
-def generate(model, idx, max_new_tokens, **how):
-    """The prompts idx (B, T) with up to max_new_tokens more tokens; `how` as in stream()."""
-    idx = jnp.asarray(idx, jnp.int32)
-    return jnp.concatenate([idx, *stream(model, idx, max_new_tokens, **how)], axis=1)

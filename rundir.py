@@ -31,10 +31,11 @@ import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
 
 import hf
+import lora
 from dataset import GPT2_META, check_meta, read_json
-from devices import count_cpus
+from devices import choose_kernels
 from model import GPTConfig, abstract_params, build
-from step import join_lora, merge_lora, place_on_one_device, split_lora
+from step import on_one_device
 
 
 class RunError(Exception):
@@ -85,7 +86,7 @@ OF_THE_MACHINE = {'out_dir', 'init_from', 'eval_only', 'overwrite', 'device', 'm
                   'mesh_tensor', 'fsdp', 'coordinator', 'num_processes', 'process_id',
                   'compile_cache', 'profile', 'debug_nans'}
 # the model's arguments that may change when a run is resumed
-MAY_CHANGE = {'dropout', 'dtype', 'flash', 'remat', 'loss_chunks'}
+MAY_CHANGE = {'dropout', 'dtype', 'kernels', 'remat', 'loss_chunks'}
 
 
 def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):
@@ -118,6 +119,8 @@ def read_run(out_dir):
     saved = read_json(path)
     check_meta(saved, path)
     args = saved.get('model_args')
+    if isinstance(args, dict):
+        args.pop('flash', None)  # older runs have it here; which kernels run is no property of a model
     types = {field.name: field.type for field in fields(GPTConfig)}
     if not isinstance(args, dict) or any(type(value) is not types.get(key) for key, value in args.items()):
         raise ValueError(f'{path} is damaged: its model_args are not those of a model')
@@ -367,7 +370,7 @@ def open_model(source, checkpoint='best'):
                          f'{meta["vocab_size"]} of its tokenizer: put a meta.json there, such as a dataset '
                          'has, that names its own')
 
-    def read(block_size=None, place=place_on_one_device):
+    def read(block_size=None, place=on_one_device):
         wanted = replace(config, block_size=block_size or config.block_size)
         return hf.read_params(tensors, place(abstract_params(wanted)), config.arch)
 
@@ -390,16 +393,16 @@ def open_run(out_dir, checkpoint='best'):
         raise ValueError(f'{folder} is damaged ({name}); there are checkpoints {steps}, and '
                          '--checkpoint=best or =latest')
 
-    def read(block_size=None, place=place_on_one_device):
+    def read(block_size=None, place=on_one_device):
         abstract = place(abstract_params(config))
-        trained, frozen = split_lora(abstract, config)
+        trained, frozen = lora.split(abstract, config)
         params = ocp.StandardCheckpointer().restore(folder / 'params', trained)
-        params = join_lora(params, load_base(out_dir, frozen))
+        params = lora.join(params, load_base(out_dir, frozen))
         if not config.lora_rank and block_size in (None, config.block_size):
             return params
 
         def merge_and_crop(params):
-            params = merge_lora(params, config)
+            params = lora.merge(params, config)
             if 'wpe' not in params:  # rotary positions
                 return params
             return params | {'wpe': {'weight': params['wpe']['weight'][:block_size]}}
@@ -408,12 +411,12 @@ def open_run(out_dir, checkpoint='best'):
         where = jax.tree.map(lambda x: x.sharding, result)
         return jax.jit(merge_and_crop, out_shardings=where)(params)
 
-    return replace(config, lora_rank=0, flash=False), meta, read
+    return replace(config, lora_rank=0), meta, read
 
 
 def load_model(source, checkpoint='best', **changes):
     """The model of anything that open_model() opens. `changes` go into its GPTConfig: dtype,
     dropout, or a smaller block_size. Raises ValueError."""
     config, _, read = open_model(source, checkpoint)
-    config = replace(config, **{'cpus': count_cpus(jax.devices())} | changes)
+    config = choose_kernels(replace(config, **changes), jax.devices()[:1])[0]
     return build(config, read(config.block_size))

@@ -22,6 +22,7 @@ top_p = 1.0  # then keep only the likeliest tokens that together reach this prob
 seed = 1337
 device = ''  # 'cpu', 'gpu', 'gpu:1' or 'tpu'; '': the best that JAX finds
 dtype = ''  # 'float32' or 'bfloat16'; '': as trained, but always float32 on a CPU
+kernels = ''  # 'plain': model.py alone, which is slow; '': a key-value cache and the fast functions of kernels.py
 compile_cache = True  # keep compiled programs in ~/.cache/nanogpt-jax: the next start is faster
 _recipes_of = 'train.py'  # a recipe for it gives out_dir, device, dtype and seed
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
@@ -41,16 +42,18 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import tokenizer
-from devices import count_cpus, find_devices, keep_compiled
-from model import build, stream
+from devices import choose_kernels, find_devices, keep_compiled
+from engine import stream
+from model import build
 from rundir import open_model, open_run
 
 with refuse(ValueError, OSError):
-    cpus = count_cpus(find_devices(device))
+    devices = find_devices(device)[:1]
     if compile_cache:
         keep_compiled()
     config, meta, read = open_run(out_dir, checkpoint) if init_from == 'resume' else open_model(init_from, checkpoint)
-    config = replace(config, dtype=dtype or config.dtype, cpus=cpus)
+    config = replace(config, dtype=dtype or config.dtype)
+    config = choose_kernels(config, devices, kernels=kernels)[0]
     encode, decode, eot = tokenizer(meta['tokenizer'])
 
 # encode the beginning of the prompt

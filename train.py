@@ -64,6 +64,7 @@ seed = 1337
 device = ''  # 'cpu', 'gpu', 'gpu:1' or 'tpu'; '': the best that JAX finds
 debug_nans = False  # stop at the operation that makes the first NaN, with a traceback; slow
 dtype = ''  # of matmuls: 'float32', 'bfloat16' or 'float16'; '': bfloat16, but float32 on older CPUs
+kernels = ''  # 'plain': model.py alone; '': also the fast functions of kernels.py that pay on the device
 flash = True  # cuDNN's FlashAttention where it can be: on NVIDIA GPUs, in bfloat16, with dropout = 0.0
 remat = False  # less memory on GPU and TPU: compute activations again in the backward pass
 loss_chunks = 1  # less memory: compute the logits of so many parts of the tokens one after the other
@@ -87,16 +88,19 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+import lora
 from dataset import (dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded,
                      tokenizer, train_starts)
-from devices import (StopSignal, best_dtype, compile_for, count_cpus, find_devices, join_processes, keep_compiled,
+from devices import (StopSignal, best_dtype, choose_kernels, compile_for, find_devices, join_processes, keep_compiled,
                      make_mesh, memory_errors, only_process_0_prints, profiled, side_by_side)
-from log import Log, log_in_to_wandb, lora_table, start_wandb
-from model import GPTConfig, build, generate, num_params
+from engine import generate
+from log import Log, log_in_to_wandb, start_wandb
+from model import GPTConfig, build, num_params
+from optim import get_lr, make_optimizer
 from rundir import (NO_BEST, Checkpoints, RunError, check_out_dir, clear_run, lock_out_dir, open_model,
                     resume_config, save_base, save_config)
-from step import (abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu,
-                  eval_step, get_lr, make_optimizer, place_on, state_creator, train_step, with_flash)
+from step import (Setup, abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu,
+                  eval_step, on_mesh, state_creator, train_step)
 
 # a resumed run keeps its own settings, except for those that are given now
 with refuse(ValueError, OSError):
@@ -112,7 +116,7 @@ check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6), 
       max_skipped=(1, 10**9), weight_decay=(0, 10**3), beta1=(0, 0.999999), beta2=(0, 0.999999), grad_clip=(0, 10**6),
       warmup_iters=(0, 10**12), lr_decay_iters=(0, 10**12), min_lr=(0, 10**3), seed=(0, 2**32 - 1),
       mesh_data=(-1, 10**6), mesh_tensor=(1, 10**6), num_processes=(1, 10**6), process_id=(0, num_processes - 1),
-      lr_schedule=('cosine', 'linear'))
+      lr_schedule=('cosine', 'linear'), kernels=('', 'plain'))
 origin = saved['config'].get('init_from', 'scratch') if init_from == 'resume' else init_from
 if lora_rank and origin == 'scratch':
     warn(f'lora_rank = {lora_rank} on random weights shows how LoRA works, but adapters alone learn little')
@@ -130,7 +134,7 @@ with refuse(ValueError, RuntimeError):
 if compile_cache:
     keep_compiled()
 only_process_0_prints()
-cpus, dtype = count_cpus(devices), dtype or best_dtype(devices)
+dtype = dtype or best_dtype(devices, kernels)
 
 # -----------------------------------------------------------------------------
 # data; and pretrained weights, which bring their model's arguments and vocabulary along
@@ -168,36 +172,37 @@ def get_batch(split, starts):
 # -----------------------------------------------------------------------------
 # model and optimizer: everything is compiled before anything is written
 
-model_args = {field.name: globals()[field.name] for field in fields(GPTConfig) if field.name != 'cpus'}
+model_args = {field.name: globals()[field.name] for field in fields(GPTConfig) if field.name != 'kernels'}
 with refuse(ValueError):
-    model_config = GPTConfig(**model_args | {'flash': False}, cpus=cpus)
-    tx = make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer, dtype)
-model_config, attention = with_flash(model_config, devices, flash)
-model_args['flash'] = model_config.flash
-abstract = abstract_state(model_config, tx, mesh, fsdp)
-from_file = None if origin == 'scratch' else 'base' if lora_rank else 'params'  # what a new run reads
-create = state_creator(model_config, tx, seed, abstract, leave_out=from_file)
+    model_config, functions = choose_kernels(GPTConfig(**model_args), devices, flash, kernels)
+    tx = make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer)
+setup = Setup(model_config, tx, mesh, fsdp)
+abstract = abstract_state(setup)  # shapes and shardings, no values yet
+from_file = 'params'  # what a new run reads from a file, and does not create
+if lora_rank:
+    from_file = 'base'
+if origin == 'scratch':
+    from_file = None
+create = state_creator(setup, seed, abstract, leave_out=from_file)
 
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 n_params = num_params(all_params(abstract))
 n_frozen = sum(x.size for x in jax.tree.leaves(abstract['base']))
 print(f'devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), '
       f"mesh data={mesh.shape['data']} tensor={mesh.shape['tensor']}")
-print(f'number of parameters: {n_params / 1e6:.2f}M, matmuls in {dtype}{attention}')
+print(f'number of parameters: {n_params / 1e6:.2f}M, matmuls in {dtype}{functions}')
 print(f'tokens per iteration will be: {tokens_per_iter:,}')
 if lora_rank:
-    print(lora_table(abstract['params'], abstract['base'], model_config))
-if debug_nans:
-    step = partial(train_step, config=model_config, tx=tx, mesh=mesh, fsdp=fsdp)
-    evaluate = partial(eval_step, config=model_config)
-else:
+    print(lora.table(abstract['params'], abstract['base'], model_config))
+step = partial(train_step, setup=setup)
+evaluate = partial(eval_step, config=model_config)
+if not debug_nans:
     print('compiling...', flush=True)
     with refuse(MemoryError, ValueError):
         create, step, evaluate = side_by_side(
-            lambda: create if init_from == 'resume' else compile_for(mesh, create.lower()),
-            lambda: None if eval_only else compile_step(abstract, batch_shape, mesh, model_config, tx,
-                                                        fsdp),
-            lambda: compile_eval(all_params(abstract), eval_call, mesh, model_config))
+            lambda: compile_for(mesh, create.lower()),
+            lambda: step if eval_only else compile_step(setup, abstract, batch_shape),
+            lambda: compile_eval(setup, all_params(abstract), eval_call))
 
 # -----------------------------------------------------------------------------
 # the state: the run's latest checkpoint, or a new one, perhaps with pretrained weights
@@ -216,20 +221,21 @@ with refuse(ValueError, OSError):
         what = 'a new model from scratch' if origin == 'scratch' else f'from {origin}'
         why = ' (the run was stopped before its first checkpoint)' if init_from == 'resume' else ''
         print(f'Initializing {what}{why}', flush=True)
-        if init_from == 'resume' or debug_nans:  # compiled as for any new run: the same, bit for bit
-            create = compile_for(mesh, create.lower())
-        state = create()
-        progress = dict(iter_num=0, wandb_id=None, **NO_BEST, best_dataset=dataset)
+        state, progress = create(), dict(iter_num=0, wandb_id=None, **NO_BEST, best_dataset=dataset)
         if from_file:
             read_pretrained = read_pretrained if pretrained else open_model(origin)[2]
-            state[from_file] = read_pretrained(block_size, place_on(mesh, fsdp))
+            state[from_file] = read_pretrained(block_size, on_mesh(mesh, fsdp))
         if lora_rank and not eval_only:
             save_base(out_dir, state['base'])
-globals().update(progress)
+
+iter_num = progress['iter_num']
+best_val_loss, best_iter = progress['best_val_loss'], progress['best_iter']
+wandb_id = progress['wandb_id']
 
 
 def save():
-    checkpoints.save(iter_num, state, {name: globals()[name] for name in progress})
+    checkpoints.save(iter_num, state, progress | dict(
+        iter_num=iter_num, best_val_loss=best_val_loss, best_iter=best_iter, wandb_id=wandb_id))
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,374 @@
+"""
+Some functions of model.py again, under the same names and with the same arguments, but faster or with less memory.
+
+KERNELS, at the end, says which platform uses which: those that pay there, by BENCHMARKS.md's table. A kernel may return
+NotImplemented for arguments that it was not made for, and then the plain function runs. It was made for the function
+as it stands in model.py. Where somebody has edited that, or anything that it calls there, the kernel is not used.
+
+A number such as (0.93) is what a trick brought: the time of a step with it, where 1.00 is without it. BENCHMARKS.md has
+all of them. Letters for dimensions are model.py's; N is any leading dimensions, flattened.
+"""
+import ast
+import functools
+import hashlib
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec as P
+
+# The identity, but XLA does not mix the code before it with the code after it.
+barrier = jax.lax.optimization_barrier
+
+# -----------------------------------------------------------------------------
+# CPUs: XLA's fast matmul wants rows that are contiguous in memory, and what is not a matmul should be read once
+
+
+def row_major(x, one_cpu):
+    """x, on one CPU laid out row by row, which XLA's fast matmul needs; its bfloat16 matmul takes nothing else (0.9).
+    On several CPUs XLA would gather x to constrain its layout: a barrier will do, a bit slower."""
+    if not one_cpu:
+        return barrier(x)
+    return jax.jit(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))))(x)  # works only inside a jit
+
+
+def transpose(x, one_cpu):
+    """x (..., m, n) as (..., n, m), copied into row-major order."""
+    return row_major(x.swapaxes(-1, -2), one_cpu)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def matmul(x, w, dtype, one_cpu, transposed=False):
+    """x @ w, for x (N, in) and w (in, *out); or x @ w.T, for w (out, in), if it is `transposed`."""
+    return matmul_forward(x, w, dtype, one_cpu, transposed)[0]
+
+
+def matmul_forward(x, w, dtype, one_cpu, transposed):
+    out_dtype, x, w = x.dtype, x.astype(dtype), w.astype(dtype)
+    return jnp.tensordot(x, w, (1, int(transposed)), preferred_element_type=out_dtype), (x, w)
+
+
+def matmul_backward(dtype, one_cpu, transposed, saved, dy):
+    """dx = dy w', dw = x' dy. XLA multiplies a transposed view slowly, so x' is copied (0.93). The barrier keeps XLA
+    from computing x once more for that copy."""
+    out_dtype = dy.dtype
+    (x, w), dy = barrier((saved, dy.astype(dtype)))
+    dy_dims, w_dims = [*range(1, dy.ndim)], [0] if transposed else [*range(1, w.ndim)]
+    dx = jnp.tensordot(dy, w, (dy_dims, w_dims), preferred_element_type=out_dtype)
+    left, right = (dy, x) if transposed else (x, dy)
+    return dx, jnp.tensordot(transpose(left, one_cpu), right, 1, preferred_element_type=jnp.float32)
+
+
+matmul.defvjp(matmul_forward, matmul_backward)
+
+
+def one_row_matmul(x, w, dtype):
+    """x @ w for a single row, x (1, in), 64 rows of w at a time: a CPU then reads w 1.2 times as fast."""
+    out_dtype = x.dtype
+    x, w_parts = x.astype(dtype).reshape(-1, 64), w.astype(dtype).reshape(-1, 64, w[0].size)
+    parts = jnp.einsum('gk,gkn->gn', x, w_parts, preferred_element_type=out_dtype)
+    return parts.sum(0).reshape(1, *w.shape[1:])
+
+
+def linear(x, weight, bias=None, dtype='float32', *, one_cpu):
+    rows = x.reshape(-1, len(weight))  # XLA's CPU code multiplies 3-D arrays up to three times slower
+    if one_cpu and len(rows) == 1 and len(weight) % 64 == 0:
+        y = one_row_matmul(rows, weight, dtype)
+    else:
+        y = matmul(rows, weight, dtype, one_cpu)
+    y = y.reshape(*x.shape[:-1], *weight.shape[1:])
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def unembed(x, weight, dtype='float32', *, one_cpu):
+    y = matmul(x.reshape(-1, x.shape[-1]), weight, dtype, one_cpu, True)
+    return y.reshape(*x.shape[:-1], len(weight))
+
+
+@jax.custom_vjp
+def normalize(x, w):
+    """w * (x - mean) / sqrt(var + 1e-5): x (N, C), w (C,)."""
+    return normalize_forward(x, w)[0]
+
+
+def normalize_forward(x, w):
+    x = x - x.mean(-1, keepdims=True)
+    rstd = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+    return x * rstd * w, (x * rstd, rstd, w)
+
+
+def normalize_backward(saved, dy):
+    """With y = x * rstd: dx = rstd * (dy w - mean(dy w) - y mean(dy w y)) and dw = sum(dy y). The means are products
+    with w, which are faster than sums, and the barrier keeps dy y for both of its uses (0.93 together)."""
+    y, rstd, w = saved
+    dy_y = barrier(dy * y)
+    mean_w = lambda a: (jnp.dot(a, w, precision='highest') / len(w))[:, None]  # the mean of a * w
+    return rstd * (dy * w - mean_w(dy) - y * mean_w(dy_y)), dy_y.sum(0)
+
+
+normalize.defvjp(normalize_forward, normalize_backward)
+
+
+def layer_norm(x, weight, bias=None):
+    y = normalize(x.astype(jnp.float32).reshape(-1, len(weight)), weight).reshape(x.shape)
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+@jax.custom_vjp
+def rms_norm(x, weight):
+    """Does not flatten x as layer_norm() does: on a mesh that would gather the heads."""
+    return rms_norm_forward(x, weight)[0]
+
+
+def rms_norm_forward(x, w):
+    out_dtype, x = x.dtype, x.astype(jnp.float32)
+    rstd = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+    return (x * rstd * w).astype(out_dtype), (x * rstd, rstd, w)
+
+
+def rms_norm_backward(saved, dy):
+    """As normalize_backward(), but nothing comes from the mean of x (0.64)."""
+    y, rstd, w = saved
+    out_dtype, dy = dy.dtype, dy.astype(jnp.float32)
+    dy_y = barrier(dy * y)
+    mean = (jnp.dot(dy_y, w, precision='highest') / len(w))[..., None]
+    return (rstd * (dy * w - y * mean)).astype(out_dtype), dy_y.sum([*range(dy.ndim - 1)])
+
+
+rms_norm.defvjp(rms_norm_forward, rms_norm_backward)
+
+
+@jax.checkpoint  # compute tanh again in the backward pass: a step needs 0.88 of the memory
+def gelu(x):
+    return jax.nn.gelu(x, approximate=True)
+
+
+@jax.custom_vjp
+def swiglu(x):
+    """Multiplies, then divides: XLA keeps a quotient for its two readers, but computes a product again (0.95)."""
+    return swiglu_forward(x)[0]
+
+
+def swiglu_forward(x):
+    gate, up = x[..., 0, :], x[..., 1, :]
+    return gate * up / (1 + jnp.exp(-gate)), x
+
+
+def swiglu_backward(x, dy):
+    """Computes the sigmoid again. Without the barrier, XLA computes both halves for each element of the stacked result
+    (0.85)."""
+    gate, up = x[..., 0, :], x[..., 1, :]
+    s = jax.nn.sigmoid(gate)
+    halves = barrier((dy * up * s * (1 + gate * (1 - s)), dy * gate * s))
+    return (jnp.stack(halves, -2),)
+
+
+swiglu.defvjp(swiglu_forward, swiglu_backward)
+
+
+def keep_mask(key, rate, shape):
+    """True where dropout keeps a value, with probability 1 - rate. Random numbers are what dropout costs, so each one of
+    32 bits decides for two values (0.83)."""
+    bits = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(*shape[:-1], -1)[..., :shape[-1]]
+    return bits >= round(rate * 2**16)
+
+
+def dropout(x, rate, key):
+    if key is None or rate == 0:
+        return x
+    return jnp.where(keep_mask(key, rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def rotary_angles(pos, T, hs, theta):
+    """The barrier keeps XLA from computing cosines anew in every layer."""
+    speeds = theta ** (-jnp.arange(0, hs, 2, dtype=jnp.float32) / hs)
+    angles = (pos + jnp.arange(T, dtype=jnp.float32))[:, None] * speeds
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return barrier((jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)))
+
+
+# -----------------------------------------------------------------------------
+# attention in blocks of queries, and by cuDNN
+
+
+def after(x, y):
+    """x, computed after y. XLA ignores a barrier here, but it may not drop 0 * y, since y could be NaN."""
+    return x + (0 * y).astype(x.dtype)
+
+
+def causal_scores(q, k, first):
+    """Scores (B, nh, keys, queries) in float32, keys first, see blocks(): queries q (B, nh, T, hs) at positions first,
+    first + 1, ..., keys k (B, nh, S, hs) at 0, 1, ...; -1e30 where the key comes after the query."""
+    scores = jnp.einsum('bhsd,bhtd->bhst', k, q, preferred_element_type=jnp.float32)
+    visible = jnp.arange(k.shape[2])[:, None] <= first + jnp.arange(q.shape[2])
+    return jnp.where(visible, scores / math.sqrt(q.shape[-1]), -1e30)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 5, 6, 7))
+def blocks(q, k, v, rate, key, dtype, layout, block=256):
+    """Attention that goes through the queries a block at a time and leaves out the keys that come after the block: for
+    1024 tokens that saves 3/8 of the work (0.8). Probabilities are stored as (B, nh, keys, queries), so that only k and
+    v, which are small, have to be transposed (0.94). `layout(x)` is row_major() on CPUs."""
+    return blocks_forward(q, k, v, rate, key, dtype, layout, block)[0]
+
+
+def stores_probs(T, rate, block):
+    """Whether the probabilities are stored for the backward pass, which is faster where they are few (one block) or hold
+    dropout's random choices. Otherwise they are computed again from their maxima, as in FlashAttention
+    (https://arxiv.org/abs/2205.14135)."""
+    return rate > 0 or T <= block
+
+
+def blocks_forward(q, k, v, rate, key, dtype, layout, block):
+    out_dtype, T = q.dtype, q.shape[2]
+    q, k, v = (a.astype(dtype) for a in (q, k, v))
+    vT, ys, sums, saved = layout(v.swapaxes(2, 3)), [], [], []
+    for t in range(0, T, block):
+        scores = causal_scores(q[:, :, t:t + block], k[:, :, :t + block], t)
+        highest = scores.max(-2, keepdims=True)
+        # p is the softmax times its sum. Divide y by the sum instead, which has fewer elements (0.96)
+        p = jnp.exp(scores - highest).astype(dtype)
+        sums.append(p.astype(jnp.float32).sum(-2))
+        if rate:  # a dropped entry keeps its size and gets a minus sign: one array is both probability and mask
+            p = jnp.where(keep_mask(jax.random.fold_in(key, t), rate, p.shape), p, -p)
+        saved.append(p if stores_probs(T, rate, block) else highest)
+        kept = jnp.maximum(p, 0) if rate else p
+        y = jnp.einsum('bhds,bhst->bhdt', vT[..., :t + block], kept, preferred_element_type=jnp.float32)
+        ys.append(y)
+    total = jnp.concatenate(sums, axis=-1) * (1 - rate)
+    y = (jnp.concatenate(ys, axis=-1) / total[:, :, None]).astype(out_dtype)
+    return barrier(y).swapaxes(2, 3), (q, k, v, total, saved)
+
+
+def blocks_backward(rate, dtype, layout, block, saved, dy):
+    """With p the probabilities and s the scores: dv = p' dy, dp = dy v', ds = p (dp - sum(p dp)), dq = ds k, dk = ds' q."""
+    (q, k, v, total, saved), dy = barrier((saved, dy))
+    out_dtype, T = dy.dtype, q.shape[2]
+    if not stores_probs(T, rate, block):  # make q depend on dy: else XLA computes p early and keeps it until here
+        q = after(q, dy[..., :1])
+    dy = layout((dy / total[..., None]).astype(dtype))
+    kT, total, dq, dk, dv = layout(k.swapaxes(2, 3)), total[:, :, None], [], None, None
+    for i, part in reversed(list(enumerate(saved))):
+        t, end = i * block, (i + 1) * block
+        qt, kt, vt, dyt = q[:, :, t:end], k[:, :, :end], v[:, :, :end], dy[:, :, t:end]
+        p = part if stores_probs(T, rate, block) else jnp.exp(causal_scores(qt, kt, t) - part)
+        kept = jnp.maximum(p, 0) if rate else p
+        ds = kept * jnp.einsum('bhsd,bhtd->bhst', vt, dyt, preferred_element_type=jnp.float32)
+        ds -= jnp.abs(p) * (ds.sum(-2, keepdims=True) * (1 - rate) / total[..., t:end])
+        kept, ds = kept.astype(dtype), (ds / math.sqrt(q.shape[-1])).astype(dtype)
+        dq.append(jnp.einsum('bhds,bhst->bhdt', kT[..., :end], ds, preferred_element_type=out_dtype))
+        dkt = jnp.einsum('bhst,bhtd->bhsd', ds, qt, preferred_element_type=out_dtype)
+        dvt = jnp.einsum('bhst,bhtd->bhsd', kept, dyt, preferred_element_type=out_dtype)
+        # the last block comes first and has all keys; the others add to the first of them
+        dk = dkt if dk is None else dk.at[:, :, :end].add(dkt)
+        dv = dvt if dv is None else dv.at[:, :, :end].add(dvt)
+    return barrier(jnp.concatenate(dq[::-1], axis=-1)).swapaxes(2, 3), dk, dv, None
+
+
+blocks.defvjp(blocks_forward, blocks_backward)
+
+
+def block_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32', *, layout):
+    if q.shape[2] != k.shape[2]:  # with a cache
+        return NotImplemented
+    return blocks(q, k, v, rate, key, dtype, layout)
+
+
+def cudnn_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32'):
+    """FlashAttention as cuDNN has it, on an NVIDIA GPU."""
+    if q.shape[2] != k.shape[2] or rate or dtype == 'float32':
+        return NotImplemented
+
+    def attend(*qkv):
+        q, k, v = (a.swapaxes(1, 2).astype(dtype) for a in qkv)  # cuDNN wants (B, T, nh, hs)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation='cudnn')
+        return y.swapaxes(1, 2)
+
+    n = jax.sharding.get_abstract_mesh().shape.get('tensor')
+    if n:  # inside a shard_map over the data axis, XLA cannot divide this call over another axis
+        heads = P(None, 'tensor') if q.shape[1] % n == 0 else P()
+        attend = jax.shard_map(attend, in_specs=heads, out_specs=heads, axis_names={'tensor'}, check_vma=False)
+    return attend(q, k, v).astype(q.dtype)
+
+
+# -----------------------------------------------------------------------------
+# which platform uses which
+
+no_layout = lambda x: x
+
+
+def of_cpus(one_cpu):
+    layout = functools.partial(row_major, one_cpu=one_cpu)
+    return {'linear': functools.partial(linear, one_cpu=one_cpu), 'unembed': functools.partial(unembed, one_cpu=one_cpu),
+            'layer_norm': layer_norm, 'rms_norm': rms_norm, 'gelu': gelu, 'swiglu': swiglu, 'dropout': dropout,
+            'rotary_angles': rotary_angles, 'attention': functools.partial(block_attention, layout=layout)}
+
+
+GPU = {'gelu': gelu, 'dropout': dropout, 'attention': functools.partial(block_attention, layout=no_layout)}
+TPU = {'dropout': dropout, 'attention': functools.partial(block_attention, layout=no_layout)}
+KERNELS = {'plain': {}, 'cpu': of_cpus(one_cpu=True), 'cpus': of_cpus(one_cpu=False), 'gpu': GPU,
+           'cudnn': GPU | {'attention': cudnn_attention}, 'tpu': TPU}
+
+# What the kernels were made for: the fingerprint of each function in model.py. `python kernels.py` prints it. Change a
+# line here only together with the kernels of that name.
+MADE_FOR = {'linear': '773fbda027800a45',
+            'unembed': '6c6fe1187e22cce2',
+            'layer_norm': 'b6a3b4aad6252a4f',
+            'rms_norm': '62ed0168f4d65bb7',
+            'gelu': '7ebe822ee050d2c4',
+            'swiglu': '940ba8266f6688b1',
+            'dropout': 'ab4a5224bbb4d4d0',
+            'rotary_angles': 'c2c525647c999133',
+            'attention': '8524060973847707'}
+
+
+@functools.cache
+def fingerprint(plain):
+    """A hash of what a function computes: of its code without comments and docstring, and of all that it calls in the
+    same file. '' where Python has no source for it."""
+    seen, parts = set(), []
+
+    def read(function):
+        tree = ast.parse(inspect.getsource(function)).body[0]
+        if ast.get_docstring(tree) is not None:
+            tree.body = tree.body[1:] or [ast.Pass()]
+        tree.decorator_list = [d for d in tree.decorator_list if ast.unparse(d) != 'fast']
+        parts.append(ast.unparse(tree))
+        for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - seen):
+            seen.add(name)
+            value = function.__globals__.get(name)
+            value = inspect.unwrap(value) if callable(value) else value
+            if inspect.isfunction(value) and value.__module__ == function.__module__:
+                read(value)
+            elif isinstance(value, (int, float, str, tuple)):
+                parts.append(f'{name} = {value!r}')
+
+    try:
+        seen.add(plain.__name__)
+        read(plain)
+    except (OSError, TypeError, SyntaxError):
+        return ''
+    return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
+
+
+def kernel_for(plain, kernels):
+    """The kernel for a function of model.py in a set of KERNELS; the function itself where there is none, or where the
+    function was edited."""
+    kernel = KERNELS[kernels].get(plain.__name__)
+    return kernel if kernel and fingerprint(plain) == MADE_FOR[plain.__name__] else plain
+
+
+def edited(kernels):
+    """The names of the functions whose kernels, in a set of KERNELS, are not used, because they were edited."""
+    import model
+    return [name for name in KERNELS[kernels]
+            if name not in model.FAST or fingerprint(model.FAST[name]) != MADE_FOR[name]]
+
+
+if __name__ == '__main__':
+    import model
+    for name, plain in model.FAST.items():
+        print(f"            {name!r}: {fingerprint(plain)!r},")

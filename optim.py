@@ -1,0 +1,132 @@
+"""
+The optimizers and the schedule of the learning rate. To add one, write an optax.GradientTransformation and name it in
+OPTIMIZERS: `optax.scale_by_lion(beta1, beta2)` is all that Lion needs.
+
+Updates come without the learning rate, which train_step multiplies in.
+"""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+
+def make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer='adamw'):
+    """Clips gradients at a global norm (0: not), then optimizes, then adds weight decay, to matrices alone. The update
+    of the result takes two more arguments: norm, of the gradients, and setup, a Setup of step.py. Raises ValueError."""
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f'optimizer = {optimizer!r}: must be {" or ".join(map(repr, OPTIMIZERS))}')
+    is_matrix = lambda path, x: path[-1].key != 'bias' and x.ndim >= 2
+    matrices = lambda params: jax.tree_util.tree_map_with_path(is_matrix, params)
+    return optax.chain(
+        clip_by_norm(grad_clip) if grad_clip else optax.identity(),
+        OPTIMIZERS[optimizer](beta1, beta2),
+        optax.add_decayed_weights(weight_decay, matrices))
+
+
+def clip_by_norm(max_norm):
+    """Scales gradients down to this global norm. Like optax.clip_by_global_norm, but train_step tells the norm: to
+    compute it again would read all gradients once more."""
+    def update(grads, state, params=None, *, norm, **more):
+        return jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), grads), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def get_lr(it, learning_rate, warmup_iters, lr_decay_iters, min_lr, schedule='cosine'):
+    """The learning rate of iteration `it`: linear warm-up, then down to min_lr, along a cosine (nanoGPT's formula) or
+    with the schedule 'linear' along a straight line."""
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it > lr_decay_iters:
+        return min_lr
+    decay_ratio = (it - warmup_iters) / max(lr_decay_iters - warmup_iters, 1)
+    left = 1 - decay_ratio if schedule == 'linear' else 0.5 * (1 + math.cos(math.pi * decay_ratio))
+    return min_lr + left * (learning_rate - min_lr)
+
+
+# -----------------------------------------------------------------------------
+# Muon: https://kellerjordan.github.io/posts/muon
+
+
+def muon_and_adamw(beta1, beta2):
+    """Muon for the matrices of the blocks, AdamW for the rest: embeddings, norms, biases and LoRA's adapters."""
+    def choose(path, x):
+        return 'muon' if path[0].key == 'h' and path[-1].key == 'weight' and x.ndim >= 2 else 'adamw'
+
+    return optax.partition({'adamw': optax.scale_by_adam(beta1, beta2), 'muon': muon(beta1, beta2)},
+                           lambda params: jax.tree_util.tree_map_with_path(choose, params))
+
+
+@functools.partial(jax.jit, static_argnames=('dtype', 'on_cpu'))  # JAX traces it once for all matrices of a shape
+def orthogonalize(x, dtype, on_cpu=False):
+    """x (..., m, n) with its singular values moved near 1, to between about 0.7 and 1.2, by four steps of Newton-Schulz,
+    X <- a X + b (X X') X + c (X X')^2 X, in bfloat16 where the model multiplies in it."""
+    dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
+    # CPUs multiply in bfloat16 only what lies row by row in memory, the rest in float32 (0.63)
+    flip = lambda x: jax.lax.optimization_barrier(x.mT) if on_cpu and dtype == 'bfloat16' else x.mT
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalize(flip(x), dtype, on_cpu).mT
+    out_dtype = 'float32' if on_cpu else dtype  # chips write and read half as much between the products
+    product = lambda x, y: jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=out_dtype)
+    gram = lambda x: product(x, flip(x.astype(dtype)))
+    a, b, c = 3.4445, -4.7750, 2.0315
+    xx = gram(x)
+    # no singular value is larger than sqrt(|X X'|); the looser bound |X| would cost a step
+    norm = jnp.sqrt(jnp.linalg.norm(xx.astype('float32'), axis=(-2, -1), keepdims=True)) + 1e-7
+    x, xx = (x / norm).astype(out_dtype), (xx / norm**2).astype(out_dtype)
+    for i in range(4):
+        if i > 0:
+            xx = gram(x)
+        x = a * x + product(b * xx + c * product(xx, xx), x)
+    return x
+
+
+def muon(beta1, beta2):
+    """1. Momentum beta1. 2. Orthogonalize each matrix, so that an update moves each direction as far; q, k, v are three
+    matrices, gate and up are two. 3. Divide each column, which makes one output, by its root mean square, averaged over
+    the updates with beta2 as in Adam (NorMuon, https://arxiv.org/abs/2510.05491). 4. Scale to a root mean square of 0.2,
+    which is about that of AdamW's update."""
+    momentum = optax.trace(beta1, nesterov=True)
+    init = lambda params: (momentum.init(params), jax.tree.map(lambda p: jnp.zeros(p.shape[1:]), params))
+
+    def update(grads, state, params=None, *, setup, **more):
+        u, trace = momentum.update(grads, state[0])
+        leaves, tree = jax.tree.flatten(u)
+        v = jax.tree.leaves(state[1])
+        on_one_cpu = setup.config.kernels == 'cpu'  # it is faster with one matrix at a time
+        stacks = {}
+        for i, leaf in enumerate(leaves):
+            stacks.setdefault(i if on_one_cpu else leaf.shape, []).append(i)
+        for indices in stacks.values():
+            us, vs = direction([leaves[i] for i in indices], [v[i] for i in indices], beta2, setup)
+            for i, new_u, new_v in zip(indices, us, vs):
+                leaves[i], v[i] = new_u, new_v
+        return tree.unflatten(leaves), (trace, tree.unflatten(v))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def direction(us, vs, beta2, setup):
+    """The updates of some weights (m, n) or (m, k, n), all of one shape, and their new averages of squares."""
+    config, mesh = setup.config, setup.mesh
+    turn = functools.partial(orthogonalize, dtype=config.dtype, on_cpu=config.kernels in ('cpu', 'cpus'))
+    u, v = jnp.stack(us), jnp.stack(vs)  # (L, m, k, n) and (L, k, n), or without k
+    x = u if u.ndim == 3 else u.swapaxes(1, 2).reshape(-1, u.shape[1], u.shape[3])  # a stack of matrices
+    if config.kernels == 'cpu':
+        x = jnp.stack([turn(matrix) for matrix in x])
+    elif mesh is None:
+        x = turn(x)
+    else:  # each device orthogonalizes its part of the stack, and sends the result to the others
+        divide = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+        x = divide(turn(divide(x, mesh.axis_names)))
+    x = x.reshape(len(u), -1, *x.shape[1:]).swapaxes(1, 2).reshape(u.shape).astype('float32')
+    v = beta2 * v + (1 - beta2) * (x * x).mean(1)
+    x = x / (jnp.sqrt(v[:, None]) + 1e-8)
+    x = 0.2 * x / (jnp.sqrt((x * x).mean([*range(1, x.ndim)], keepdims=True)) + 1e-8)
+    return list(x), list(v)
+
+
+OPTIMIZERS = {'adamw': optax.scale_by_adam, 'muon': muon_and_adamw}
