@@ -29,6 +29,10 @@ class Chip(NamedTuple):
     shared_kib: int = 228  # of shared memory in each
     l2_mib: float = 50
 
+    @property
+    def usable_gib(self):
+        return 0.75 * self.gib if self.bandwidth else self.gib
+
 
 CHIPS = {'v2': Chip(8, 60, 0.7), 'v3': Chip(16, 80, 0.94), 'v4': Chip(32, 90, 1.05), 'v5e': Chip(15.75, 90, 1.5),
          'v5p': Chip(95, 180, 1.75), 'v6e': Chip(31.25, 180, None), 'tpu7x': Chip(96, 200, None),
@@ -40,7 +44,7 @@ BETWEEN_HOSTS = 50  # GB/s that a GPU sends to another host: InfiniBand NDR
 
 # What a GPU reaches: shares of its peak FLOP/s in matmuls and in attention, and of its memory's bandwidth in all else.
 # One H200 took 11.8 + 3.4 + 9.0 ms for a step of 124M with 12 x 1024 tokens (BENCHMARKS.md), as these shares say.
-REACHED = {'matmul': 0.78, 'attention': 0.24, 'other': 0.6}
+REACHED = {'matmul': 0.78, 'attention': 0.24, 'other': 0.59}
 
 
 def target(name, chip):
@@ -166,14 +170,11 @@ class Instruction:
 class Kernel:
     kind: str  # 'matmul', 'attention', 'other' or one of COLLECTIVES
     times: int  # how often the loops around it run it
-    bytes: float  # that it reads and writes each time
+    bytes: float  # that it reads and writes each time; of a collective, that a device sends
     flops: float  # of matmuls and attention, each time
     cycles: int  # the TPU compiler's estimate for each time
-    sent: float  # bytes that a device sends each time
     group: int  # how many devices take part
-    is_async: bool  # whether other work can go on meanwhile
-    source: str  # the line that it comes from, such as 'model.py:60'
-    result: str  # the operation, and its shape
+    what: str  # the line of source that it comes from, the operation, and its shape
 
 
 class Module:
@@ -231,19 +232,21 @@ class Module:
             begins = any(other.target == 'AsyncCollectiveStart' for other in computation.values())
             if 'chain_id=' in i.line and not begins:
                 continue  # TPU: the same collective once more, in the instructions that go on with it
-            flops = sum(product_flops(*product) for product in self.products(i, computation))
+            group, flops = 1, 0
+            if is_collective:
+                group = group_size(i.line, n_devices)
+                n_bytes = sent_bytes(i, group)
+            else:
+                n_bytes = self.traffic(i, computation)
+                flops = sum(product_flops(*product) for product in self.products(i, computation))
+                kind = 'matmul' if any(self.products(i, computation)) else 'other'
             if i.target.startswith('__cudnn$fmha'):
                 kind = 'attention'
                 flops = attention_flops(i, computation)
-            elif not is_collective:
-                kind = 'matmul' if any(self.products(i, computation)) else 'other'
-            group = group_size(i.line, n_devices) if is_collective else 1
             cycles = re.search(r'"estimated_cycles":"(\d+)"', i.line)
             operation = re.search(r'op_name="(?:[^"]*/)?([^"]*)"', i.line)
-            found.append(Kernel(
-                kind, times, 0 if fused else self.traffic(i, computation), flops, int(cycles[1]) if cycles else 0,
-                sent_bytes(i, group) if is_collective else 0, group, begins or i.op.endswith('-start'), self.source(i),
-                f"{operation[1] if operation else i.op} {re.sub('{.*?}', '', i.shape)}"))
+            what = f"{self.source(i)} {operation[1] if operation else i.op} {re.sub('{.*?}', '', i.shape)}"
+            found.append(Kernel(kind, times, n_bytes, flops, int(cycles[1]) if cycles else 0, group, what))
         return found
 
     def products(self, i, computation):
@@ -296,6 +299,31 @@ class Module:
             place = f'{os.path.basename(file)}:{line}'
             frame = int(parent) - 1  # 1 means that there is none
         return place
+
+
+def milliseconds(kernel, chip, peak):
+    """How long a kernel takes on a Chip with a peak of so many FLOP/s: a prediction; on a TPU, by its compiler's cycles."""
+    if kernel.kind in COLLECTIVES:
+        gb_per_s = BETWEEN_HOSTS if chip.bandwidth and kernel.group > 8 else chip.link
+        return kernel.bytes / gb_per_s / 1e6
+    if not chip.bandwidth:
+        return kernel.cycles / chip.ghz / 1e6 if chip.ghz else 0
+    if kernel.kind == 'other':
+        return kernel.bytes / (REACHED['other'] * chip.bandwidth) / 1e6
+    return kernel.flops / (REACHED[kernel.kind] * peak) * 1e3
+
+
+def add_up(kernels, chip, peak, name_of, n=None):
+    """{name: row} of the n kinds of kernels that take longest, where name_of(kernel) says which belong together."""
+    rows = {}
+    for k in kernels:
+        row = rows.setdefault(name_of(k), dict(kernels=0, gb=0, tflop=0, mcycles=0, ms=0))
+        each = dict(kernels=1, gb=k.bytes / 1e9, tflop=k.flops / 1e12, mcycles=k.cycles / 1e6,
+                    ms=milliseconds(k, chip, peak))
+        for column, number in each.items():
+            row[column] += k.times * number
+    longest = sorted(rows, key=lambda name: (rows[name]['ms'], rows[name]['mcycles']), reverse=True)
+    return {name: rows[name] for name in longest[:n]}
 
 
 def operand(computation, i, k):
