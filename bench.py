@@ -276,13 +276,14 @@ def print_compiled(r):
         for name, row in rows.items():
             work = row['tflop' if is_gpu else 'mcycles']
             print(f"{row['kernels']:8} {row['gb']:8.2f} {work:8.2f} {row['ms']:8.2f}  {name}")
-    how = "the compiler's cycles" + ('' if r['ghz'] else ', of a clock that we do not know')
+    mcycles = sum(row['mcycles'] for row in r['kinds'].values())
+    how = f"{mcycles:,.1f}M cycles at {r['ghz'] or 'an unknown number of'} GHz"
     if is_gpu:
         matmul, attention, other = (f'{share:.0%}' for share in REACHED.values())
-        how = (f"matmuls at {matmul} and attention at {attention} of {r['peak_tflops']:.0f} TFLOP/s, the rest at {other} of "
-               f"{r['bandwidth_gb_per_s']} GB/s")
-    print(f"\npredicted, not measured: {r['computing_ms']:,.1f} ms of computing ({how}) and {r['sending_ms']:,.1f} ms of "
-          "sending, some of it meanwhile")
+        how = (f"matmuls at {matmul}, attention at {attention} of {r['peak_tflops']:.0f} TFLOP/s, the rest at {other} "
+               f"of {r['bandwidth_gb_per_s']} GB/s")
+    print(f"\npredicted, not measured: {r['computing_ms']:,.1f} ms of computing ({how})\n"
+          f"and {r['sending_ms']:,.1f} ms of sending, some of it meanwhile")
 
 
 result = {'train': train, 'sample': sample, 'data': data, 'compile': compile_for_chips}[mode]()

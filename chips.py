@@ -119,7 +119,7 @@ class UnknownText(ValueError):
 class Array(NamedTuple):
     elements: int
     bytes: int
-    far_bytes: int  # what of it lies in the memory beside the chip: nothing of a TPU's S(1)
+    hbm_bytes: int  # what of it lies in HBM, the memory beside the chip: nothing of a TPU's S(1)
 
 
 @dataclass
@@ -149,8 +149,8 @@ class Instruction:
         return sum(array.elements for array in self.arrays)
 
     @property
-    def far_bytes(self):
-        return sum(array.far_bytes for array in self.arrays)
+    def hbm_bytes(self):
+        return sum(array.hbm_bytes for array in self.arrays)
 
     @property
     def called(self):
@@ -182,7 +182,7 @@ class Module:
 
     def __init__(self, text):
         self.computations = {}  # {name: {name: Instruction}}, in the order in which they run
-        self.tables = {}  # of file names, lines and stack frames: {table: {id: text}}
+        self.tables = {}  # of file names, lines and stack frames: {table: {id: entry}}
         computation = table = None
         for line in text.splitlines():
             if m := re.match(r'(ENTRY )?%?([\w.-]+) .*\{$', line):
@@ -198,7 +198,8 @@ class Module:
             elif re.fullmatch(r'[A-Z]\w+', line):
                 table = self.tables[line] = {}
             elif table is not None and (m := re.match(r'(\d+) (.*)', line)):
-                table[int(m[1])] = m[2]
+                fields = re.findall(r'(\w+)=(\d+)', m[2])
+                table[int(m[1])] = {key: int(value) for key, value in fields} or m[2].strip('"')
 
     def executed(self, computation, times=1, fused=False):
         """(instruction, its computation, times, fused) of all that a device executes. `times` counts the loops around
@@ -227,11 +228,10 @@ class Module:
             is_collective = kind in COLLECTIVES
             if i.op in NO_KERNEL or i.op.endswith('-done') or (fused and not is_collective):
                 continue
+            if 'chain_id=' in i.line and 'AsyncCollectiveStart' not in [other.target for other in computation.values()]:
+                continue  # a TPU goes on with a collective that another instruction began
             if times is None:
                 raise UnknownText(f'how often a loop runs this: {i.line.strip()[:100]}')
-            begins = any(other.target == 'AsyncCollectiveStart' for other in computation.values())
-            if 'chain_id=' in i.line and not begins:
-                continue  # TPU: the same collective once more, in the instructions that go on with it
             group, flops = 1, 0
             if is_collective:
                 group = group_size(i.line, n_devices)
@@ -246,7 +246,7 @@ class Module:
             cycles = re.search(r'"estimated_cycles":"(\d+)"', i.line)
             operation = re.search(r'op_name="(?:[^"]*/)?([^"]*)"', i.line)
             what = f"{self.source(i)} {operation[1] if operation else i.op} {re.sub('{.*?}', '', i.shape)}"
-            found.append(Kernel(kind, times, n_bytes, flops, int(cycles[1]) if cycles else 0, group, what))
+            found.append(Kernel(kind, times, n_bytes, flops, int(cycles[1]) if cycles else 0, group, what.strip()))
         return found
 
     def products(self, i, computation):
@@ -263,7 +263,7 @@ class Module:
         what it updates in place only the update."""
         if i.op.endswith('-start') and i.op != 'all-reduce-start':  # its result holds its operands, too
             share = i.arrays[1].elements / i.arrays[0].elements if i.op == 'slice-start' else 1
-            return sum(array.far_bytes * (1 if k else share) for k, array in enumerate(i.arrays))
+            return sum(array.hbm_bytes * (1 if k else share) for k, array in enumerate(i.arrays))
         scope, parts, names, results = computation, [i], i.operands, [i]
         if i.op == 'fusion':
             scope = self.computations[i.called[0]]
@@ -281,28 +281,28 @@ class Module:
                 written = operand(scope, update, UPDATES[update.op])
                 updated[update.name] = updated[result.name] = written.elements / update.elements
         arrays = zip(results, i.arrays) if len(results) > 1 else [(results[0], i)]
-        total = sum(array.far_bytes * updated.get(result.name, 1) for result, array in arrays)
+        total = sum(array.hbm_bytes * updated.get(result.name, 1) for result, array in arrays)
         for k, name in enumerate(names):
             share = share_read(name, parts, scope, results, updated)
-            total += operand(computation, i, k).far_bytes * share
+            total += operand(computation, i, k).hbm_bytes * share
         return total
 
     def source(self, i):
-        """The line of source that an instruction comes from, outside of libraries; '' where the module has none."""
-        if not (m := re.search(r'stack_frame_id=(\d+)', i.line)):
-            return ''
-        frame, place = int(m[1]), ''
-        while frame and (not place or 'site-packages' in file):
-            location, parent = re.findall(r'=(\d+)', self.tables['StackFrames'][frame])
-            file_id, _, line, *_ = re.findall(r'=(\d+)', self.tables['FileLocations'][int(location)])
-            file = self.tables['FileNames'][int(file_id)].strip('"')
-            place = f'{os.path.basename(file)}:{line}'
-            frame = int(parent) - 1  # 1 means that there is none
+        """The line of source that an instruction comes from, outside of libraries; '' where the module does not say."""
+        frame = re.search(r'stack_frame_id=(\d+)', i.line)
+        place, file, parent = '', 'site-packages', int(frame[1]) if frame else 0
+        while parent and 'site-packages' in file:
+            frame = self.tables['StackFrames'][parent]
+            location = self.tables['FileLocations'][frame['file_location_id']]
+            file = self.tables['FileNames'][location['file_name_id']]
+            place = f"{os.path.basename(file)}:{location['line']}"
+            parent = frame['parent_frame_id'] - 1  # 1 stands for none
         return place
 
 
 def milliseconds(kernel, chip, peak):
-    """How long a kernel takes on a Chip with a peak of so many FLOP/s: a prediction; on a TPU, by its compiler's cycles."""
+    """How long a kernel will take on a Chip with a peak of so many FLOP/s. On a TPU its compiler's cycles tell; without
+    a clock that is 0."""
     if kernel.kind in COLLECTIVES:
         gb_per_s = BETWEEN_HOSTS if chip.bandwidth and kernel.group > 8 else chip.link
         return kernel.bytes / gb_per_s / 1e6
