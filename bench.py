@@ -63,7 +63,7 @@ def dataset_or_none():
 
 def model_config(devices):
     """The GPTConfig of the keys, with the kernels for these devices."""
-    names = {field.name for field in fields(GPTConfig)} & config.keys()
+    names = {field.name for field in fields(GPTConfig)} & config.keys() - {'kernels'}
     vocab = vocab_size or (dataset_or_none()[1] or {}).get('vocab_size', 50257)
     args = {name: config[name] for name in names} | dict(
         vocab_size=padded(vocab), lora_rank=0, dtype=dtype or best_dtype(devices, kernels))
