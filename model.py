@@ -195,7 +195,7 @@ def rotate(x, angles):
 def attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32'):
     """dropout(softmax(q k' / sqrt(hs))) v, where no query sees a later key. The queries q (B, nh, T, hs) stand at
     positions pos, pos + 1, ..., the keys k and values v (B, nh, S, hs) at 0, 1, ...: in training S = T and pos = 0, and
-    with a cache T = 1. The result is (B, nh, T, hs)."""
+    with a cache T = 1. The result is (B, nh, T, hs). What you change here is also what reads the cache."""
     q, k, v, result = q.astype(dtype), k.astype(dtype), v.astype(dtype), q.dtype
     t = pos + jnp.arange(q.shape[2])[:, None]  # where the queries stand
     s = jnp.arange(k.shape[2])  # where the keys stand
@@ -203,6 +203,14 @@ def attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32'):
     scores = jnp.where(s <= t, scores, -jnp.inf)
     probs = dropout(jax.nn.softmax(scores), rate, key)
     return jnp.einsum('bhts,bhsd->bhtd', probs.astype(dtype), v, preferred_element_type=result)
+
+
+@fast
+def attention_with_cache(q, k, v, cache, pos, dtype='float32'):
+    """attention() of one token at position pos, for q, k, v (B, nh, 1, hs). Puts its key and value beside those of the
+    tokens before it, in the cache, a pair of (B, nh, S, hs). Returns the result and the new cache."""
+    k, v = (jax.lax.dynamic_update_slice(old, new, (0, 0, pos, 0)) for old, new in zip(cache, (k, v)))
+    return attention(q, k, v, pos, dtype=dtype), (k, v)
 
 
 @fast
@@ -302,10 +310,11 @@ class CausalSelfAttention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = (rotate(a, angles, kernels=config.kernels) for a in (q, k))
-        if cache is not None:  # put this token's key and value beside those of the tokens before it
-            k, v = (jax.lax.dynamic_update_slice(old, new, (0, 0, pos, 0)) for old, new in zip(cache, (k, v)))
-        rate = 0.0 if key is None else config.dropout
-        y = attention(q, k, v, pos, rate, attn_key, config.dtype, kernels=config.kernels)
+        if cache is None:
+            rate = 0.0 if key is None else config.dropout
+            y = attention(q, k, v, 0, rate, attn_key, config.dtype, kernels=config.kernels)
+        else:
+            y, (k, v) = attention_with_cache(q, k, v, cache, pos, config.dtype, kernels=config.kernels)
         y = y.transpose(0, 2, 1, 3).reshape(B, T, C)  # all heads side by side again
         return dropout(self.c_proj(y), config.dropout, resid_key, kernels=config.kernels), (k, v)
 
