@@ -57,8 +57,8 @@ def open_dataset(folder, block_size):
         meta = read_json(folder / 'meta.json')
         check_meta(meta, folder / 'meta.json')
     elif (folder / 'meta.pkl').exists():
-        raise ValueError(f"{folder} has nanoGPT's meta.pkl and no meta.json: run python data/from_nanogpt.py "
-                         f"{folder / 'meta.pkl'}")
+        raise ValueError(f'{folder} has a meta.pkl, which is never loaded: run python data/text/prepare.py input.txt '
+                         f'--name={folder.name} --overwrite, which gives the same ids')
     for split in ('train', 'val'):
         path = folder / f'{split}.bin'
         if not path.exists():
