@@ -5,9 +5,9 @@
 # runs train.py with the globals that the config files assign, from left to right, and then with batch_size = 32.
 #
 # A key is a global of the script that is an int, float, bool or str. Config files and options follow the same rules: an
-# unknown key or a value of the wrong type is an error (exit code 2). A config file is Python: it sees the values so far,
-# it may import, it may take in another config file by exec or import *, and it may have variables of its own if their
-# names start with an underscore.
+# unknown key or a value of the wrong type is an error (exit code 2). A config file is Python: it sees the values so
+# far, it may import, it may take in another config file by exec or import *, and it may have variables of its own if
+# their names start with an underscore.
 #
 # The script gets some names from here:
 #   config                  a dict of all keys and their values

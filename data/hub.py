@@ -119,7 +119,7 @@ def prepare(script, doc, repo, revision):
     except BrokenExecutor:
         fail('a tokenizing process was killed, perhaps because memory ran out: try a lower --num_proc')
     except ConnectionError as e:
-        fail(f'{e}; where there is a network, type hf download {args.repo} --repo-type=dataset '
-             f'--revision={args.revision} --include="*.parquet" --local-dir=DIR, then copy DIR here and add --files DIR')
+        fail(f'{e}; where there is a network, type hf download {args.repo} --repo-type=dataset --revision='
+             f'{args.revision} --include="*.parquet" --local-dir=DIR, then copy DIR here and add --files DIR')
     except Exception as e:  # such as a full disk or a damaged file
         fail(f'{" ".join(args.files or [args.repo])}: {type(e).__name__}: {e}'.partition('\n')[0])
