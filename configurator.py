@@ -2,13 +2,12 @@
 #
 #     python train.py config/train_shakespeare_char.py config/laptop.py --batch_size=32
 #
-# runs train.py with the globals that the config files assign, from left to right, and then with
-# batch_size = 32.
+# runs train.py with the globals that the config files assign, from left to right, and then with batch_size = 32.
 #
-# A key is a global of the script that is an int, float, bool or str. Config files and options
-# follow the same rules: an unknown key or a value of the wrong type is an error (exit code 2). A
-# config file is Python: it sees the values so far, it may import, it may take in another config
-# file by exec or import *, and it may have names of its own that start with an underscore.
+# A key is a global of the script that is an int, float, bool or str. Config files and options follow the same rules: an
+# unknown key or a value of the wrong type is an error (exit code 2). A config file is Python: it sees the values so
+# far, it may import, it may take in another config file by exec or import *, and it may have variables of its own if
+# their names start with an underscore.
 #
 # The script gets some names from here:
 #   config                  a dict of all keys and their values
@@ -24,15 +23,15 @@ import sys
 
 
 def _interrupted(number, frame):
-    """Ends the script at Ctrl-C, as long as there is nothing to save. Python's own exception can get
-    lost in the middle of an import, and the script would go on."""
+    """Ends the script at Ctrl-C, as long as there is nothing to save. Python's own exception can get lost in the middle
+    of an import, and the script would go on."""
     os.write(2, f'{os.path.basename(__file__)}: interrupted\n'.encode())
     os._exit(130)
 
 
 def _report(kind, error, traceback):
-    """Shows an error that nobody caught, but ends without a word where nobody reads the output any
-    more, as in `python sample.py | head`."""
+    """Shows an error that nobody caught, but ends without a word where nobody reads the output any more, as in
+    `python sample.py | head`."""
     if isinstance(error, BrokenPipeError):
         os._exit(141)
     sys.__excepthook__(kind, error, traceback)
@@ -52,8 +51,8 @@ if __name__ == '__main__':
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for _name, _mode in ('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w'):
         if getattr(sys, _name) is None:  # closed, as by `>&-`: else the next file would take its place
-            setattr(sys, _name, open(os.devnull, _mode, encoding='utf-8'))
-        elif _mode == 'w' and getattr(sys, _name).encoding.lower() != 'utf-8':  # text is UTF-8 on every system
+            setattr(sys, _name, open(os.devnull, _mode))
+        if _mode == 'w' and getattr(sys, _name).encoding.lower() != 'utf-8':  # text is UTF-8 on every system
             getattr(sys, _name).reconfigure(encoding='utf-8', errors='backslashreplace')
     sys.excepthook = _report
     atexit.register(_flush)
@@ -89,112 +88,96 @@ def refuse(*errors, code=2):
 def check(**bounds):
     """Numbers must be from the first to the last of a pair, strings one of several."""
     for key, allowed in bounds.items():
-        value, low, high = config[key], allowed[0], allowed[-1]
-        if isinstance(low, str):
-            if value not in allowed:
-                fail(f'{key} = {value!r}: must be {" or ".join(map(repr, allowed))}')
-        elif not low <= value <= high:
-            fail(f'{key} = {value}: must be from {low:,} to {high:,}')
+        value = config[key]
+        if isinstance(value, str) and value not in allowed:
+            fail(f'{key} = {value!r}: must be {" or ".join(map(repr, allowed))}')
+        if not isinstance(value, str) and not allowed[0] <= value <= allowed[1]:
+            fail(f'{key} = {value}: must be from {allowed[0]:,} to {allowed[1]:,}')
+
+
+_folder = os.path.dirname(os.path.abspath(__file__))  # of the script
 
 
 def _head_of(script):
     """The source of a script up to where it execs this file."""
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), script), encoding='utf-8') as f:
+    with open(os.path.join(_folder, script), encoding='utf-8') as f:
         return f.read().partition('\nexec(open(')[0]
 
 
 def _keys_of(script):
     """The keys of another script and their defaults: bench.py takes all of train.py's."""
-    keys = {}
-    for node in ast.parse(_head_of(script)).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id[0] != '_':
-            keys[node.targets[0].id] = ast.literal_eval(node.value)
-    return keys
+    keys = {node.targets[0].id: node.value for node in ast.parse(_head_of(script)).body if isinstance(node, ast.Assign)}
+    return {key: ast.literal_eval(value) for key, value in keys.items() if key[0] != '_'}
 
 
 def _set(key, value, where):
-    """Checks one assignment and stores it in `config`. Where it is refused, the message begins with
-    `where`."""
+    """Checks one assignment and stores it in `config`. Where it is refused, the message begins with `where`."""
+    if key in ('compile', 'backend') and key not in config:  # nanoGPT's
+        reason = 'JAX always compiles' if key == 'compile' else 'JAX chooses how devices talk'
+        return warn(f'{where}: {key} has no meaning here ({reason})')
     if key not in config:
-        if key in ('compile', 'backend'):  # nanoGPT's
-            reason = 'JAX always compiles' if key == 'compile' else 'JAX chooses how devices talk'
-            return warn(f'{where}: {key} has no meaning here ({reason})')
         close = difflib.get_close_matches(key, config, n=1)
-        fail(f'{where}: unknown key {key}, ' + (f'did you mean {close[0]}?' if close else 'see --help'))
+        advice = 'see --help' if where[0] == '-' else f'if it is a variable of its own, write _{key}'
+        fail(f'{where}: unknown key {key}, ' + (f'did you mean {close[0]}?' if close else advice))
     want = type(config[key])
-    if want in (int, float) and type(value) in (int, float) and abs(value) < 1e300 and value % 1 == 0:
+    is_number = type(value) in (int, float) and abs(value) < 1e300  # neither infinity nor NaN
+    if is_number and want in (int, float) and value % 1 == 0:
         value = want(value)  # 1 is a float, too, and 2e3 an int
-    if type(value) is not want or value in (float('inf'), -float('inf')) or value != value:
-        article = 'an' if want is int else 'a'
-        fail(f'{where}: {key} is {article} {want.__name__}, such as {config[key]!r}, not {value!r}')
+    if type(value) is not want or want is float and not is_number:
+        kind = 'an int' if want is int else f'a {want.__name__}'
+        fail(f'{where}: {key} is {kind}, such as {config[key]!r}, not {value!r}')
     config[key] = value
     given.add(key)
 
 
-class _Names(dict):
-    """The globals of a config file. They note what the file assigns and in which line, no matter
-    whether it does so itself or with exec or import *."""
-
-    def __init__(self, path, names):
-        super().__init__(names)
-        self.path, self.lines = path, {}
-
-    def __setitem__(self, name, value):
-        super().__setitem__(name, value)
-        frame = sys._getframe(1)
-        while frame and frame.f_code.co_filename != self.path:
-            frame = frame.f_back
-        self.lines[name] = frame.f_lineno if frame else 1
-
-
 def _run_file(path):
     """Runs a config file, of this folder or of the script's, and takes over what it assigns."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    if not os.path.exists(path) and os.path.exists(os.path.join(folder, path)):
-        path = os.path.join(folder, path)
-    names = _Names(path, _defaults | config | {'__file__': path})
-    sys.path.append(os.path.dirname(os.path.abspath(path)))  # it can import its neighbors
+    if not os.path.exists(path) and os.path.exists(os.path.join(_folder, path)):
+        path = os.path.join(_folder, path)
     try:
         with open(path, encoding='utf-8-sig') as f:
-            tree = ast.parse(f.read(), path)
-        exec(compile(tree, path, 'exec'), names)
+            text = f.read()
     except (OSError, UnicodeDecodeError) as e:
-        name = path if not isinstance(e, OSError) or e.filename in (None, path) else f'{path}: {e.filename}'
-        fail(f'config file {name}: {e.strerror if isinstance(e, OSError) else "not UTF-8 text"}')
+        fail(f'config file {path}: {e.strerror if isinstance(e, OSError) else "not UTF-8 text"}')
+    before = _defaults | config | {'__file__': path}
+    names = dict(before)
+    sys.path.append(os.path.dirname(os.path.abspath(path)))  # it can import its neighbors
+    try:
+        tree = ast.parse(text, path)
+        exec(compile(tree, path, 'exec'), names)
     except SyntaxError as e:
         fail(f'{e.filename or path}:{e.lineno or 1}: {e.msg}')
     except (Exception, SystemExit) as e:
-        lines = [line for frame, line in traceback.walk_tb(e.__traceback__) if frame.f_code.co_filename == path]
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         fail(f'{path}:{lines[-1] if lines else 1}: {type(e).__name__}: {e}')
-    finally:
-        sys.path.pop()
-    assigned = {name: names[name] for name in names.lines if name in names and name[0] != '_'}
+    sys.path.pop()
+    # what the file itself assigns has a line; what exec and import * assign differs from what was there
+    line_of = {node.id: node.lineno for node in ast.walk(tree)
+               if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assigned = {name: value for name, value in names.items()
+                if name[0] != '_' and (name in line_of or value is not before.get(name))}
     if assigned.keys() & _left_alone:  # a recipe for train.py, and this is sample.py
         takes = {'out_dir', 'device', 'dtype', 'seed'} | ({'init_from'} if names['eval_only'] else set())
         assigned = {k: v for k, v in assigned.items() if k in takes or k not in _left_alone | config.keys()}
-    targets = [node.target if isinstance(node, ast.For) else node.optional_vars
-               for node in ast.walk(tree) if isinstance(node, (ast.For, ast.withitem))]
-    helpers = {node.id for t in filter(None, targets) for node in ast.walk(t) if isinstance(node, ast.Name)}
     for name, value in assigned.items():
-        if name in config or not (callable(value) or isinstance(value, types.ModuleType) or name in helpers):
-            _set(name, value, f'{path}:{names.lines[name]}')
+        if name in config or not (callable(value) or isinstance(value, types.ModuleType)):
+            _set(name, value, f'{path}:{line_of[name]}' if name in line_of else path)
 
 
 def _set_option(arg):
-    """Takes over one --key=value. A str key takes the text as it is, or the contents of a quoted
-    literal. A bool key alone means True."""
+    """Takes over one --key=value. A str key takes the text as it is, or the contents of a quoted literal. A bool key
+    alone means True."""
     key, equals, text = arg[2:].partition('=')
-    if arg.startswith('--') and not equals and type(config.get(key)) is bool:
+    want = type(config.get(key))
+    if arg.startswith('--') and not equals and want is bool:
         equals, text = '=', 'True'
     if not (arg.startswith('--') and equals):
         fail(f'{arg}: options are written --key=value')
     try:
-        value = ast.literal_eval(text)
+        value = ast.literal_eval(text.capitalize() if want is bool else text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         value = text
-    if type(config.get(key)) is bool and text.lower() in ('true', 'false'):
-        value = text.lower() == 'true'
-    if type(config.get(key)) is str and type(value) is not str:
+    if want is str and type(value) is not str:
         value = text
     _set(key, value, arg)
     typed.add(key)
@@ -212,18 +195,10 @@ def _help():
     return '\n'.join(text)
 
 
-def _collect_garbage_less():
-    """Imports and tracing create a million objects that stay. Looking for garbage among them after
-    every 700 new ones, as Python does, takes 0.2 s of a start."""
-    gc.set_threshold(100_000, 50, 50)
-
-
 def _keep_the_heap():
-    """XLA's CPU client allocates its scratch memory anew in every step and frees it, and then page
-    faults cost as much as the maths. Huge pages and a heap that is kept take a step at the sizes of
-    config/laptop.py from 30 to 18 ms, and one of train_shakespeare_char.py without dropout from 7.3
-    to 4.2 s (two cores). glibc reads these settings when a process starts, so the script starts
-    once more, in its own place. Other systems ignore them."""
+    """Starts the script once more, in its own place, with other settings of glibc, which reads them when a process
+    starts. XLA's CPU client frees its scratch memory after each step, so that the next one pays for page faults again.
+    With huge pages and a heap that is kept, a step takes 0.6 of the time. Other systems ignore the settings."""
     if __name__ == '__main__' and sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
         settings = 'hugetlb=1', 'mmap_max=0', 'trim_threshold=2147483647'
         os.environ['GLIBC_TUNABLES'] = ':'.join(f'glibc.malloc.{setting}' for setting in settings)
@@ -233,6 +208,7 @@ def _keep_the_heap():
 
 
 _keep_the_heap()
+gc.set_threshold(100_000, 50, 50)  # imports and tracing make a million objects that stay; to search them takes 0.2 s
 _more_keys = globals().get('_more_keys')
 _defaults = _keys_of(_recipes_of) if '_recipes_of' in globals() else {}  # of the script whose recipes this one takes
 config = _keys_of(_more_keys) if _more_keys else {}
@@ -250,4 +226,3 @@ for _arg in [a for a in sys.argv[1:] if not a.startswith('-')]:
 for _arg in [a for a in sys.argv[1:] if a.startswith('-')]:
     _set_option(_arg)
 globals().update(config)
-_collect_garbage_less()

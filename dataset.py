@@ -1,6 +1,6 @@
 """
-From .bin files to batches. A batch is a pure function of (seed, split, step): resuming needs no other
-state, and every mesh sees the same sequences.
+From .bin files to batches. A batch is a pure function of (seed, split, step): resuming needs no other state, and every
+mesh sees the same sequences.
 """
 import contextlib
 import functools
@@ -28,8 +28,7 @@ def read_json(path):
 
 
 def dataset_name(dataset):
-    """The name of a dataset, where somebody may have typed its path, as a shell completes it: 'text'
-    for 'data/text/'. Raises ValueError for no name."""
+    """'data/text/' -> 'text', because shells complete paths. Raises ValueError for no name."""
     name = os.path.normpath(dataset).removeprefix(f'data{os.sep}')
     if name in ('.', 'data'):
         raise ValueError(f'dataset = {dataset!r}: it takes the name of a folder in data/, such as shakespeare_char')
@@ -47,18 +46,19 @@ def check_meta(meta, path):
 
 
 def open_dataset(folder, block_size):
-    """({'train': tokens, 'val': tokens}, meta) of a dataset's folder, memory-mapped. Raises
-    ValueError if files are missing, damaged or too short, or if tokens are outside the
-    vocabulary."""
+    """({'train': tokens, 'val': tokens}, meta) of a dataset's folder, memory-mapped. Raises ValueError if files are
+    missing, damaged or too short, or if tokens are outside the vocabulary."""
     with contextlib.suppress(ValueError):  # shorter in messages; not from one drive to another
         folder = os.path.relpath(folder)
-    folder, data, meta = Path(folder), {}, GPT2_META
+    folder = Path(folder)
+    data = {}
+    meta = GPT2_META
     if (folder / 'meta.json').exists():
         meta = read_json(folder / 'meta.json')
         check_meta(meta, folder / 'meta.json')
     elif (folder / 'meta.pkl').exists():
-        raise ValueError(f"{folder} has nanoGPT's meta.pkl and no meta.json: run python data/from_nanogpt.py "
-                         f"{folder / 'meta.pkl'}")
+        raise ValueError(f'{folder} has a meta.pkl, which is never loaded: run python data/text/prepare.py input.txt '
+                         f'--name={folder.name} --overwrite, which gives the same ids')
     for split in ('train', 'val'):
         path = folder / f'{split}.bin'
         if not path.exists():
@@ -70,17 +70,16 @@ def open_dataset(folder, block_size):
             raise ValueError(f'{path} holds {size:,} bytes: it needs two for each token, and more than '
                              f'block_size = {block_size} tokens')
         data[split] = np.memmap(path, '<u2', 'r')
-        # the first 100 million tokens are checked here, and every batch again in load_batch()
-        if (highest := int(data[split][:10**8].max())) >= meta['vocab_size']:
-            raise ValueError(f'{path} holds token {highest}, but the vocabulary has {meta["vocab_size"]}; '
-                             'prepare the dataset again')
+        highest = int(data[split][:10**8].max())  # of the first 100 million; load_batch() checks every batch
+        if highest >= meta['vocab_size']:
+            raise ValueError(f'{path} holds token {highest}, but the vocabulary has {meta["vocab_size"]}; prepare the '
+                             'dataset again')
     return data, meta
 
 
 def tokenizer(meta):
-    """(encode, decode, eot) for the tokenizer in a meta.json: text to ids, ids to text, and the id
-    of <|endoftext|> or None. Raises ValueError if its vocabulary cannot be downloaded, as does
-    encode for characters that it does not know."""
+    """(encode, decode, eot) for the tokenizer in a meta.json: text to ids, ids to text, and the id of <|endoftext|> or
+    None. Raises ValueError if its vocabulary cannot be downloaded. encode raises it for unknown characters."""
     if meta['kind'] == 'char':
         chars = meta['chars']
         id_of = {c: i for i, c in enumerate(chars)}
@@ -101,26 +100,24 @@ def tokenizer(meta):
 
 
 def padded(vocab_size):
-    """50257 becomes 50304, a multiple of 64: large matrices multiply faster so. The extra rows are
-    never a target."""
+    """50257 becomes 50304, a multiple of 64: large matrices multiply faster so. The extra rows are never a target."""
     return -(-vocab_size // 64) * 64 if vocab_size > 1024 else vocab_size
 
 
 def micro_batches(n, batch_size, n_devices):
-    """(G, B): n sequences as G micro-batches of B sequences, at most batch_size on each device.
-    Raises ValueError if n is not divisible by n_devices."""
+    """(G, B): n sequences as G micro-batches of B sequences, at most batch_size on each device. Raises ValueError if n
+    is not divisible by n_devices."""
     for G in range(1, n // n_devices + 1):
         if n % (G * n_devices) == 0 and n // (G * n_devices) <= batch_size:
             return G, n // G
-    raise ValueError(f'{n} sequences cannot be divided among {n_devices} devices: let batch_size = '
-                     f'{batch_size} or the number of batches be a multiple of '
-                     f'{n_devices // math.gcd(batch_size, n_devices)}')
+    raise ValueError(f'{n} sequences cannot be divided among {n_devices} devices: let batch_size = {batch_size} or the '
+                     f'number of batches be a multiple of {n_devices // math.gcd(batch_size, n_devices)}')
 
 
 def train_starts(data, shape, block_size, seed, step):
-    """Where the sequences of a training step begin: `shape` = (G, B) positions. Multiples of the
-    golden ratio modulo 1 spread evenly over the data (a Weyl sequence), so that one epoch sees
-    every part equally often. Independent random draws would leave out a third of the data."""
+    """Where the sequences of a training step begin: `shape` = (G, B) positions. Multiples of the golden ratio, mod 1,
+    fill the data evenly (a Weyl sequence, https://en.wikipedia.org/wiki/Low-discrepancy_sequence). Random starts would
+    miss 1/e of it in an epoch."""
     n = math.prod(shape)
     index = np.arange(step * n, (step + 1) * n, dtype=np.uint64)
     offset = np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
@@ -130,19 +127,16 @@ def train_starts(data, shape, block_size, seed, step):
 
 
 def eval_starts(data, shape, block_size):
-    """Where the sequences of an evaluation begin: evenly over the data, the same ones every
-    time."""
+    """Where the sequences of an evaluation begin: evenly over the data, the same ones every time."""
     return np.linspace(0, len(data) - block_size - 1, math.prod(shape)).astype(np.int64).reshape(shape)
 
 
 def load_batch(data, starts, block_size, vocab_size, sharding):
-    """The tokens (G, B, block_size + 1) that begin at `starts` (G, B), as an array with this
-    sharding. A process reads only what its own devices need. Raises ValueError for a token outside
-    the vocabulary, which JAX would clip without a word."""
+    """The tokens (G, B, block_size + 1) that begin at `starts` (G, B), as an array with this sharding. A process reads
+    only what its own devices need. Raises ValueError for a token outside the vocabulary: JAX would silently clip it."""
     def read(index):
         tokens = data[starts[index[:2]][..., None] + np.arange(block_size + 1)]
         if tokens.max() >= vocab_size:
-            raise ValueError(f'{data.filename} holds token {tokens.max()}, but the vocabulary has '
-                             f'{vocab_size}')
+            raise ValueError(f'{data.filename} holds token {tokens.max()}, but the vocabulary has {vocab_size}')
         return tokens
     return jax.make_array_from_callback((*starts.shape, block_size + 1), sharding, read)

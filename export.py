@@ -20,10 +20,7 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 
 import hf
 
-if checkpoint not in ('best', 'latest'):
-    fail(f"checkpoint = {checkpoint!r}: must be 'best' or 'latest'")
-if dtype not in ('float32', 'bfloat16', 'float16'):
-    fail(f"dtype = {dtype!r}: must be 'float32', 'bfloat16' or 'float16'")
+check(checkpoint=('best', 'latest'), dtype=('float32', 'bfloat16', 'float16'))
 if os.path.lexists(hf_dir):
     if not overwrite:
         fail(f'hf_dir = {hf_dir!r} is there already; --overwrite=True replaces an export')

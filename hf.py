@@ -1,6 +1,6 @@
 """
-Hugging Face's files, in and out: config.json, model.safetensors, tokenizer.json. This file deals in
-dicts of config fields and in named tensors, and knows no model: the caller says which arrays it wants.
+Hugging Face's files, in and out: config.json, model.safetensors, tokenizer.json. This file turns them into dicts of
+config fields and named tensors. The caller says which arrays it wants.
 """
 import json
 import os
@@ -45,52 +45,51 @@ NAMES = {
 
 
 def read_config(folder):
-    """The fields of a GPTConfig, a dict, from a folder's config.json. Raises ValueError if it
-    describes something that our GPT does not do."""
+    """The fields of a GPTConfig, a dict, from a folder's config.json. Raises ValueError if it describes something that
+    our GPT does not do."""
     path = folder / 'config.json'
-    hf = read_json(path)
-    arch = hf.get('model_type', 'gpt2')
+    theirs = read_json(path)
+    arch = theirs.get('model_type', 'gpt2')
     if arch not in NAMES:
         raise ValueError(f'{path}: model_type = {arch!r}: this GPT has {" and ".join(NAMES)} only')
-    rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # a newer and an older spelling
-    hf = hf | rope if arch == 'qwen3' else {'bias': True} | hf | {'n_inner': hf.get('n_inner') or 0}
-    try:
-        fields = {ours: hf[its] for ours, its in NAMES[arch].items()}
-    except KeyError as e:
-        raise ValueError(f'{path} lacks {e}, which {arch} has') from None
-    for key, value in fields.items():
-        if type(value) not in {'bias': [bool], 'rope_theta': [int, float]}.get(key, [int]):
-            raise ValueError(f'{path}: {NAMES[arch][key]} = {value!r} is not a number')
+    if arch == 'gpt2':
+        theirs = {'bias': True} | theirs | {'n_inner': theirs.get('n_inner') or 0}
+    else:  # rope_theta has a newer and an older place
+        theirs |= theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}
+    fields = {}
+    for key, name in NAMES[arch].items():
+        if name not in theirs:
+            raise ValueError(f'{path} lacks {name!r}, which {arch} has')
+        if type(theirs[name]) not in {'bias': [bool], 'rope_theta': [int, float]}.get(key, [int]):
+            raise ValueError(f'{path}: {name} = {theirs[name]!r} is not a number')
+        fields[key] = theirs[name]
     ours = {'tie_word_embeddings': [True], 'quantization_config': [None]}
     if arch == 'gpt2':
         ours |= {'activation_function': ['gelu_new', 'gelu_pytorch_tanh'], 'layer_norm_epsilon': [1e-5],
                  'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
                  'add_cross_attention': [False]}
     else:  # what a file leaves out has Qwen3's own default
-        hf = {'tie_word_embeddings': False, 'num_key_value_heads': 32, 'head_dim': 128} | hf
+        theirs = {'tie_word_embeddings': False, 'num_key_value_heads': 32, 'head_dim': 128} | theirs
         ours |= {'hidden_act': ['silu'], 'rms_norm_eps': [1e-6], 'attention_bias': [False],
                  'num_key_value_heads': [fields['n_head']], 'use_sliding_window': [False],
                  'head_dim': [fields['n_embd'] // max(fields['n_head'], 1)],
                  'rope_type': ['default'], 'type': ['default']}
         fields['rope_theta'] = float(fields['rope_theta'])
     for key, values in ours.items():
-        if (value := hf.get(key, values[0])) not in values:
+        value = theirs.get(key, values[0])
+        if value not in values:
             raise ValueError(f'{path}: {key} = {value!r}: this GPT has {values[0]!r} only')
     return {'arch': arch} | fields
 
 
 def open_pretrained(name_or_directory):
-    """(fields, tensors) of one of GPT2 or of a directory with a GPT-2 or a Qwen3: the fields of its
-    GPTConfig, and tensors by name, which are read only where they are sliced. Raises ValueError if
-    files are missing or damaged."""
+    """(fields, tensors) of one of GPT2 or of a directory with a GPT-2 or a Qwen3: the fields of its GPTConfig, and
+    tensors by name, which are read only where they are sliced. Raises ValueError if files are missing or damaged."""
     from safetensors import SafetensorError, safe_open
     is_name = name_or_directory in GPT2
     folder = download_gpt2(name_or_directory) if is_name else Path(name_or_directory)
-    if not (folder / 'config.json').is_file():
-        raise ValueError(f'{name_or_directory} is no folder with a config.json, and none of {", ".join(GPT2)}')
-    if 'model_args' in read_json(folder / 'config.json'):
-        raise ValueError(f'{folder} is a run directory: load_model() in rundir.py reads it')
-    fields, files = read_config(folder), ['model.safetensors']
+    fields = read_config(folder)
+    files = ['model.safetensors']
     if (index := folder / 'model.safetensors.index.json').exists():
         files = sorted(set(read_json(index).get('weight_map', {}).values()))
     if missing := next((file for file in files if not (folder / file).is_file()), None):
@@ -120,9 +119,8 @@ QWEN3 = {'wte': ['embed_tokens'], 'ln_f': ['norm'], 'ln_1': ['input_layernorm'],
 
 
 def in_file(path, shape, arch):
-    """Where a file has the parameter at `path`, such as ('h', 0, 'attn', 'c_attn', 'weight'): names
-    and shapes. GPT-2 has c_attn (C, 3, C) as (C, 3C). Qwen3 has it as three tensors, and matrices
-    (in, out) as (out, in)."""
+    """Where a file has the parameter at `path`, such as ('h', 0, 'attn', 'c_attn', 'weight'): names and shapes. GPT-2
+    has c_attn (C, 3, C) as (C, 3C). Qwen3 has it as three tensors, and matrices (in, out) as (out, in)."""
     name = '.'.join(map(str, path))
     if arch == 'gpt2':
         return {name: [*shape[:-2], shape[-2] * shape[-1]] if '.c_attn.' in name else [*shape]}
@@ -139,12 +137,11 @@ def check_tensors(tensors, wanted, fields, source):
     for name, shape in wanted.items():
         if name not in tensors:
             raise ValueError(f'{source} lacks the tensor {name}')
-        if (found := tensors[name].get_shape()) != shape:
-            raise ValueError(f'{source}: the tensor {name} is {found}, and with its config.json should '
-                             f'be {shape}')
+        if tensors[name].get_shape() != shape:
+            raise ValueError(f'{source}: the tensor {name} is {tensors[name].get_shape()}, and with its config.json '
+                             f'should be {shape}')
     for name in sorted(tensors.keys() - wanted.keys()):
-        # old files also hold the causal mask and the output layer, which is tied; export.py writes
-        # zero biases
+        # allowed leftovers: the causal mask and the tied head of old files; zero biases that export.py wrote
         zero = name.endswith('.bias') and not fields.get('bias') and not np.any(tensors[name][:])
         old = name == 'lm_head.weight' or name.endswith(('.attn.bias', '.attn.masked_bias'))
         if not (zero or old):
@@ -152,11 +149,11 @@ def check_tensors(tensors, wanted, fields, source):
 
 
 def read_params(tensors, wanted, arch='gpt2'):
-    """The abstract parameters `wanted`, filled from tensors slice by slice: each device reads its
-    own part. They may want fewer positions than there are. Raises ValueError if they want more."""
+    """The abstract parameters `wanted`, filled from tensors slice by slice: each device reads its own part. They may
+    want fewer positions than there are. Raises ValueError if they want more."""
     def read(path, x):
-        names = in_file(path := [p.key for p in path], x.shape, arch)
-        parts = [tensors[name] for name in names]
+        path = [p.key for p in path]
+        parts = [tensors[name] for name in in_file(path, x.shape, arch)]
         shape = parts[0].get_shape()
         if path[0] == 'wpe' and len(x) > shape[0]:
             raise ValueError(f'block_size = {len(x)}: the pretrained model has {shape[0]} positions')
@@ -184,13 +181,12 @@ def read_params(tensors, wanted, arch='gpt2'):
 
 
 def tokenizer_json(kind, chars='', name=''):
-    """The contents of tokenizer.json for the tokenizer of a meta.json, and the text of its
-    end-of-text token or None. Raises ValueError for a tokenizer that cannot be exported."""
-    result = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [],
-              'normalizer': None, 'post_processor': None}
+    """The contents of tokenizer.json for the tokenizer of a meta.json, and the text of its end-of-text token or None.
+    Raises ValueError for a tokenizer that cannot be exported."""
+    result = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None,
+              'post_processor': None}
     if kind == 'char':  # each character is a word, and words follow each other without spaces
-        split = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated',
-                 'invert': False}
+        split = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated', 'invert': False}
         unknown = next((c for c in ' \n' if c in chars), chars[0])  # there is no id for other characters
         words = {'type': 'WordLevel', 'vocab': {c: i for i, c in enumerate(chars)}, 'unk_token': unknown}
         return result | {'pre_tokenizer': split, 'decoder': {'type': 'Fuse'}, 'model': words}, None
@@ -208,27 +204,26 @@ def tokenizer_json(kind, chars='', name=''):
     for token in rank:  # its merge joins what all earlier merges make of its bytes
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:
-            order = lambda i: rank.get(parts[i] + parts[i + 1], len(rank))
-            i = min(range(len(parts) - 1), key=order)
+            i = min(range(len(parts) - 1), key=lambda i: rank.get(parts[i] + parts[i + 1], len(rank)))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append([show(part) for part in parts])
     end = '<|endoftext|>'
-    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True,
-                  'use_regex': True}
-    added = {'id': enc.eot_token, 'content': end, 'special': True, 'normalized': False,
-             'single_word': False, 'lstrip': False, 'rstrip': False}
-    bpe = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': '',
-           'end_of_word_suffix': '', 'fuse_unk': False, 'merges': merges,
-           'vocab': {show(token): i for token, i in rank.items()} | {end: enc.eot_token}}
+    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+    added = {'id': enc.eot_token, 'content': end, 'special': True, 'normalized': False, 'single_word': False,
+             'lstrip': False, 'rstrip': False}
+    bpe = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': '', 'end_of_word_suffix': '',
+           'fuse_unk': False, 'vocab': {show(token): i for token, i in rank.items()} | {end: enc.eot_token},
+           'merges': merges}
     result |= dict.fromkeys(('pre_tokenizer', 'post_processor', 'decoder'), byte_level)
     return result | {'added_tokens': [added], 'model': bpe}, end
 
 
 def file_tensors(params, config, vocab_size, dtype):
-    """Parameters as the tensors of a GPT2LMHeadModel or a Qwen3ForCausalLM: without the rows that
-    pad the vocabulary. GPT-2 gets biases of zero where our model has none."""
-    tensors, arch = {}, config.arch
+    """Parameters as the tensors of a GPT2LMHeadModel or a Qwen3ForCausalLM: without the rows that pad the vocabulary.
+    GPT-2 gets biases of zero where our model has none."""
+    tensors = {}
+    arch = config.arch
     for path, x in flatten_mapping(params).items():
         x = np.asarray(x)[:vocab_size if path[0] == 'wte' else None].astype(jax.numpy.dtype(dtype), copy=False)
         names = in_file(path, x.shape, arch)
@@ -244,46 +239,45 @@ def file_tensors(params, config, vocab_size, dtype):
 
 def gpt2_config(config):
     """What the config.json of a GPT2LMHeadModel says about a GPTConfig."""
-    return {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2',
-            'n_positions': config.block_size, 'n_ctx': config.block_size, 'n_embd': config.n_embd,
-            'n_layer': config.n_layer, 'n_head': config.n_head, 'n_inner': config.n_inner or None,
-            'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'resid_pdrop': config.dropout,
-            'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout, 'bias': config.bias}  # for read_config()
+    return {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'n_positions': config.block_size,
+            'n_ctx': config.block_size, 'n_embd': config.n_embd, 'n_layer': config.n_layer, 'n_head': config.n_head,
+            'n_inner': config.n_inner or None, 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
+            'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout,
+            'bias': config.bias}  # for read_config()
 
 
 def qwen3_config(config):
-    """The same for a Qwen3ForCausalLM. Its own defaults are other ones, so all fields are there, and
-    rope's theta is in its newer and its older place."""
-    rope = {'rope_type': 'default', 'rope_theta': config.rope_theta}
+    """The same for a Qwen3ForCausalLM. Its own defaults are other ones, so all fields are there, and rope's theta is in
+    its newer and its older place."""
     return {'architectures': ['Qwen3ForCausalLM'], 'model_type': 'qwen3',
             'max_position_embeddings': config.block_size, 'hidden_size': config.n_embd,
             'num_hidden_layers': config.n_layer, 'num_attention_heads': config.n_head,
             'num_key_value_heads': config.n_head, 'head_dim': config.n_embd // config.n_head,
             'intermediate_size': config.mlp_width, 'hidden_act': 'silu', 'rms_norm_eps': 1e-6,
-            'rope_parameters': rope, 'rope_theta': config.rope_theta, 'rope_scaling': None,
-            'attention_bias': False, 'attention_dropout': 0.0, 'use_sliding_window': False,
-            'sliding_window': None, 'max_window_layers': config.n_layer,
+            'rope_parameters': {'rope_type': 'default', 'rope_theta': config.rope_theta},
+            'rope_theta': config.rope_theta, 'rope_scaling': None, 'attention_bias': False, 'attention_dropout': 0.0,
+            'use_sliding_window': False, 'sliding_window': None, 'max_window_layers': config.n_layer,
             'layer_types': ['full_attention'] * config.n_layer, 'initializer_range': 0.02, 'use_cache': True}
 
 
 def export_files(config, meta, dtype):
     """The JSON files of an export, by name, for a GPTConfig and the meta of its dataset."""
     tokens, end = tokenizer_json(**meta['tokenizer'])
-    special = {'bos_token_id': (eos := tokens['model']['vocab'].get(end)), 'eos_token_id': eos}
+    eot = tokens['model']['vocab'].get(end)
+    special = {'bos_token_id': eot, 'eos_token_id': eot}
     of_model = {'gpt2': gpt2_config, 'qwen3': qwen3_config}[config.arch](config)
-    hf = of_model | {'vocab_size': meta['vocab_size'], 'tie_word_embeddings': True, 'torch_dtype': dtype, **special}
-    # without model_input_names, transformers 4 also makes token types, whose embeddings GPT-2 adds
-    # to the text's
     tokenizer = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': config.block_size,
-                 'model_input_names': ['input_ids', 'attention_mask'],
-                 'clean_up_tokenization_spaces': False}
-    return {'config.json': hf, 'generation_config.json': special, 'tokenizer.json': tokens,
+                 # else transformers 4 adds token types, i.e. rows of wte, to the text
+                 'model_input_names': ['input_ids', 'attention_mask'], 'clean_up_tokenization_spaces': False}
+    return {'config.json': of_model | {'vocab_size': meta['vocab_size'], 'tie_word_embeddings': True,
+                                       'torch_dtype': dtype, **special},
+            'generation_config.json': special, 'tokenizer.json': tokens,
             'tokenizer_config.json': tokenizer | ({'bos_token': end, 'eos_token': end} if end else {}),
             'meta.json': {key: meta[key] for key in ('vocab_size', 'tokenizer')}}
 
 
-EXPORT = {'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
-          'meta.json', 'model.safetensors'}
+EXPORT = {'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'meta.json',
+          'model.safetensors'}
 
 
 def write_directory(folder, files, tensors):
@@ -294,8 +288,7 @@ def write_directory(folder, files, tensors):
         shutil.rmtree(leftover, ignore_errors=True)
     os.makedirs(new)
     for name, content in files.items():
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        Path(new, name).write_text(text, encoding='utf-8')
+        Path(new, name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding='utf-8')
     save_file(tensors, Path(new, 'model.safetensors'), metadata={'format': 'pt'})
     # save_file() makes a file that only its owner may read
     shutil.copymode(Path(new, 'config.json'), Path(new, 'model.safetensors'))

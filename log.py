@@ -17,45 +17,47 @@ from rundir import RunError, write
 
 
 @contextlib.contextmanager
-def wandb_errors():
-    """Turns an error of wandb into a ValueError that says what to do."""
+def import_wandb():
+    """Yields the module. Its errors, of whatever type, become a ValueError that says what to do."""
     try:
-        yield
+        import wandb
+        yield wandb
     except Exception as e:  # not installed, not logged in, no network
-        reason = (str(e).splitlines() or [''])[0]
+        reason = str(e).partition('\n')[0]
         raise ValueError(f'wandb_log = True: {type(e).__name__}: {reason} (wandb login, WANDB_MODE=offline or '
                          '--wandb_log=False may help)') from None
 
 
 def log_in_to_wandb():
     """Raises ValueError where nobody can, before a run changes anything."""
-    with wandb_errors():
-        import wandb
+    with import_wandb() as wandb:
         if os.environ.get('WANDB_MODE', 'online') == 'online':
             wandb.login()
 
 
 def start_wandb(project, name, config, run_id):
     """wandb's run, a new one or the one that goes on. Raises ValueError."""
-    with wandb_errors():
-        import wandb
+    with import_wandb() as wandb:
         return wandb.init(project=project, name=name, config=config, id=run_id, resume='allow')
 
 
 class Log:
-    """Everything that a run says: on the terminal, in log.csv, in loss.png, and to wandb. The file
-    goes on where the run does, at first_iter: later rows, which the run is about to make again, and
-    cut-off ones are dropped."""
-    columns = ['iter', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'skipped', 'time_ms',
-               'tokens_per_s']
+    """log.csv goes on where the run does, at first_iter: rows that the run is about to make again are dropped, and so
+    are cut-off ones."""
+    columns = ['iter', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'skipped', 'time_ms', 'tokens_per_s']
 
-    def __init__(self, out_dir, first_iter, max_iters, log_interval, tokens_per_iter, mfu, max_skipped,
-                 stop, wandb_run=None, writes=True):
-        self.title, self.path, self.file = out_dir, Path(out_dir, 'log.csv'), None
-        self.first_iter, self.log_interval = first_iter, log_interval
+    def __init__(self, out_dir, first_iter, max_iters, log_interval, tokens_per_iter, mfu, max_skipped, stop,
+                 wandb_run=None, writes=True):
+        self.title = out_dir
+        self.path = Path(out_dir, 'log.csv')
+        self.first_iter = first_iter
+        self.log_interval = log_interval
         self.tokens_per_iter = tokens_per_iter
-        self.mfu, self.max_skipped, self.stop, self.wandb_run = mfu, max_skipped, stop, wandb_run
-        self.running_mfu = self.pending = None
+        self.mfu = mfu
+        self.max_skipped = max_skipped
+        self.stop = stop
+        self.wandb_run = wandb_run
+        self.file = self.running_mfu = self.pending = None
         if writes and jax.process_index() == 0:
             lines = [','.join(self.columns) + '\n']
             if first_iter > 0 and self.path.exists():
@@ -64,17 +66,15 @@ class Log:
             write(self.path, ''.join(lines))
             self.file = open(self.path, 'a', buffering=1, encoding='utf-8')
         self.start_time = self.last_time = self.last_plot = time.time()
-        self.bar = tqdm(total=max_iters + 1, initial=first_iter, unit='it', disable=None,
-                        dynamic_ncols=True)
+        self.bar = tqdm(total=max_iters + 1, initial=first_iter, unit='it', disable=None, dynamic_ncols=True)
 
     def iter_of(self, line):
         """The iteration of a row of the file; infinity if the row is damaged."""
-        cells = line.split(',')
         try:
-            whole = line.endswith('\n') and len(cells) == len(self.columns)
-            return [float(cell) for cell in cells if cell.strip()][0] if whole and cells[0] else math.inf
+            cells = [float(cell.strip() or 'inf') for cell in line.split(',')]
         except ValueError:
             return math.inf
+        return cells[0] if line.endswith('\n') and len(cells) == len(self.columns) else math.inf
 
     def __enter__(self):
         return self
@@ -92,8 +92,7 @@ class Log:
             self.stop.output_closed()
 
     def iteration(self, n, lr, metrics):
-        """Reports the iteration before n. Its results are there by now, and n runs on: devices
-        never wait."""
+        """Reports iteration n - 1, whose results are ready; n is still running, so no device waits."""
         self.flush()
         self.pending = n, lr, metrics
 
@@ -101,9 +100,12 @@ class Log:
         """Reports the last iteration and waits for it."""
         if not self.pending:
             return
-        (n, lr, metrics), self.pending = self.pending, None
+        n, lr, metrics = self.pending
+        self.pending = None
         metrics = {k: float(v) for k, v in metrics.items()}
-        dt, self.last_time = time.time() - self.last_time, time.time()
+        now = time.time()
+        dt = now - self.last_time
+        self.last_time = now
         tokens_per_s = self.tokens_per_iter / dt
         mfu = self.mfu(tokens_per_s)
         if mfu and n - self.first_iter >= 5:  # let the training loop settle a bit
@@ -118,9 +120,9 @@ class Log:
             self.row(iter=n, lr=lr, time_ms=dt * 1000, tokens_per_s=tokens_per_s, **row)
         if metrics['skipped_in_a_row'] >= self.max_skipped:
             raise RunError(
-                f'the gradients of {self.max_skipped} iterations in a row, up to {n}, were not finite, and '
-                'their updates were skipped. The checkpoints are good. Try a lower learning_rate, more '
-                'warmup_iters, --dtype=float32, or --debug_nans=True to see where')
+                f'the gradients of {self.max_skipped} iterations in a row, up to {n}, were not finite, and their '
+                'updates were skipped. The checkpoints are good. Try a lower learning_rate, more warmup_iters, '
+                '--dtype=float32, or --debug_nans=True to see where')
 
     @contextlib.contextmanager
     def paused(self):
@@ -132,8 +134,8 @@ class Log:
     def evaluation(self, n, losses, lr):
         self.say(f"step {n}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         if self.wandb_run:
-            self.wandb_run.log({'iter': n, 'train/loss': losses['train'], 'val/loss': losses['val'],
-                                'lr': lr, 'mfu': 100 * (self.running_mfu or 0)}, step=n)
+            self.wandb_run.log({'iter': n, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
+                                'mfu': 100 * (self.running_mfu or 0)}, step=n)
         self.row(iter=n, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
         if time.time() - self.last_plot > 30:  # a picture takes as long as some iterations
             self.plot()
@@ -160,8 +162,8 @@ class Log:
         for name, style in (('loss', dict(color='tab:blue', alpha=0.3, label='batch')),
                             ('train_loss', dict(color='tab:blue', marker='.', label='train')),
                             ('val_loss', dict(color='tab:orange', marker='.', label='val'))):
-            there = ~np.isnan(log[name])
-            top.plot(log['iter'][there], log[name][there], **style)
+            has_value = ~np.isnan(log[name])
+            top.plot(log['iter'][has_value], log[name][has_value], **style)
         bottom.plot(log['iter'], log['lr'], color='tab:gray')
         top.set(ylabel='loss')
         top.set_title(self.title, parse_math=False)
@@ -174,11 +176,10 @@ class Log:
         os.replace(f'{png}.tmp', png)
 
     def summary(self, iter_num):
-        """Prints how long the run took."""
-        seconds, n = time.time() - self.start_time, iter_num - self.first_iter
+        seconds = time.time() - self.start_time
+        n = iter_num - self.first_iter
         tokens = n * self.tokens_per_iter
-        self.say(f'{n:,} iterations in {seconds:.1f}s, {tokens:,} tokens, '
-                 f'{tokens / seconds:,.0f} tokens/s')
+        self.say(f'{n:,} iterations in {seconds:.1f}s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s')
         if n == 0 and self.file and not self.stop.number:
-            self.say('the run was finished: a higher --max_iters makes it longer, and with decay_lr also a '
-                     'higher --lr_decay_iters')
+            self.say('the run was finished: a higher --max_iters makes it longer, and with decay_lr also a higher '
+                     '--lr_decay_iters')

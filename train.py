@@ -81,7 +81,7 @@ exec(open(os.path.join(_here, 'configurator.py'), encoding='utf-8').read())
 # the rest of the imports: they take a second, and a typo is answered before that
 
 import math
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 
 import jax
@@ -97,7 +97,7 @@ from engine import generate
 from log import Log, log_in_to_wandb, start_wandb
 from model import GPTConfig, build, num_params
 from optim import get_lr, make_optimizer
-from rundir import (NO_BEST, Checkpoints, RunError, check_out_dir, clear_run, lock_out_dir, open_model,
+from rundir import (NO_BEST, Checkpoints, RunError, adopt_shape, check_out_dir, clear_run, lock_out_dir, open_model,
                     resume_config, save_base, save_config)
 from step import (Setup, abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu,
                   eval_step, on_mesh, state_creator, train_step)
@@ -143,12 +143,8 @@ pretrained = None
 with refuse(ValueError, OSError):
     if init_from not in ('scratch', 'resume'):
         pretrained, pretrained_meta, read_pretrained = open_model(init_from)
-        for key in ('arch', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'rope_theta', 'bias', 'block_size'):
-            its = getattr(pretrained, key)
-            crop = key == 'block_size' and config[key] < its  # a shorter context will do
-            if key in typed and config[key] != its and not crop:
-                fail(f'{key} = {config[key]}: {init_from} has {key} = {its}')
-            globals()[key] = config[key] = config[key] if crop else its
+        config = adopt_shape(config, asdict(pretrained), typed, init_from)
+        globals().update(config)
     data, meta = open_dataset(os.path.join(_here, 'data', dataset), block_size)
     # (G, B): an iteration has G micro-batches of B sequences; and the same for an evaluation
     n_data = mesh.shape['data']

@@ -12,7 +12,8 @@ figure = Figure(figsize=(9, 4), layout='constrained')
 left, right = figure.subplots(1, 2, sharey=True)
 for out_dir in sys.argv[1:]:
     log = np.genfromtxt(f'{out_dir}/log.csv', delimiter=',', names=True)
-    steps, evaluations = log[~np.isnan(log['loss'])], log[~np.isnan(log['val_loss'])]
+    steps = log[~np.isnan(log['loss'])]
+    evaluations = log[~np.isnan(log['val_loss'])]
     # a logged step stands for all since the one logged before; evaluations are not in its time
     seconds = np.cumsum(np.diff(steps['iter'], prepend=-1) * steps['time_ms']) / 1000
     left.plot(evaluations['iter'], evaluations['val_loss'], marker='.', label=out_dir)

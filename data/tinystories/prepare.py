@@ -1,13 +1,13 @@
 """
-TinyStories in GPT-2's byte pair encoding: 2.1 million short stories that a child of three or four
-understands, about 0.5B tokens.
+TinyStories in GPT-2's byte pair encoding: 2.1 million short stories that a child of three or four understands, about
+0.5B tokens.
 
     python data/tinystories/prepare.py
     python data/tinystories/prepare.py --files DIR     # read a folder of parquet files of your own
 
-The library `datasets` downloads 1 GB and unpacks it to 2 GB, both in ~/.cache/huggingface. The
-script then writes 1 GB here: train.bin and val.bin (uint16 ids) and meta.json. It needs up to
-1.3 GB of memory and, after the download, about 2 minutes with two processes.
+The library `datasets` downloads 1 GB and unpacks it to 2 GB, both in ~/.cache/huggingface. The script then writes 1 GB
+here: train.bin and val.bin (uint16 ids) and meta.json. It needs up to 1.3 GB of memory and, after the download, about
+2 minutes with two processes.
 """
 import sys
 from pathlib import Path
@@ -16,4 +16,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hub import prepare
 
 if __name__ == '__main__':  # the tokenizing processes import this file too
-    prepare(__file__, __doc__, 'roneneldan/TinyStories', 'main', download_bytes=1e9, text_bytes=2e9)
+    prepare(__file__, __doc__, 'roneneldan/TinyStories', 'main')

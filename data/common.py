@@ -1,0 +1,104 @@
+"""
+What the prepare.py scripts share. Who imports this reports an error of the disk in one line.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import urllib.request
+
+import numpy as np
+
+GPT2_META = {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
+
+
+def fail(message):
+    sys.exit(f'prepare.py: error: {message}')
+
+
+def report(kind, error, traceback):
+    """Shows an error that nobody caught: a full disk and Ctrl-C are not this script's fault."""
+    if isinstance(error, (OSError, KeyboardInterrupt)):
+        print(f'prepare.py: error: {str(error) or "interrupted"}', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = report
+
+
+def options(doc):
+    """A parser of the command line that shows a script's docstring at --help."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+@contextlib.contextmanager
+def new_files(folder, *names):
+    """Yields open files, which get these names when all of them are written. The last name comes last, so that whoever
+    waits for it never sees half of them. If something goes wrong, nothing of them stays, and older files do."""
+    tmps = [folder / f'{name}.tmp' for name in names]
+    folder.mkdir(exist_ok=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            yield [stack.enter_context(open(tmp, 'w+b')) for tmp in tmps]
+        (folder / names[-1]).unlink(missing_ok=True)
+        for tmp in tmps:
+            os.replace(tmp, tmp.with_suffix(''))
+    finally:
+        for tmp in tmps:
+            tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def new_dataset(folder, meta):
+    """Yields two open files for the token ids of train and val, and in the end prints how many there are."""
+    with new_files(folder, 'meta.json', 'train.bin', 'val.bin') as (meta_json, train, val):
+        meta_json.write(json.dumps(meta).encode())
+        yield train, val
+    print(f'vocab size: {meta["vocab_size"]:,}')
+    for split in ('train', 'val'):
+        print(f'{split} has {(folder / f"{split}.bin").stat().st_size // 2:,} tokens')
+    print(f'wrote them to {folder}; train with --dataset={folder.name}')
+
+
+def char_tokenizer(chars):
+    """(encode, meta) of a tokenizer that numbers these characters in the order of Unicode."""
+    chars = ''.join(sorted(chars))
+    id_of = np.zeros(0x110000, '<u2')  # indexed by code point
+    id_of[[ord(c) for c in chars]] = np.arange(len(chars))
+    encode = lambda text: id_of[np.frombuffer(text.encode('utf-32-le'), '<u4')]
+    return encode, {'vocab_size': len(chars), 'tokenizer': {'kind': 'char', 'chars': chars}}
+
+
+def gpt2_encoding():
+    """tiktoken's encoding of GPT-2. It downloads the vocabulary once."""
+    import tiktoken
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except Exception as e:  # an error of the network, or a damaged cache
+        fail(f"could not load GPT-2's vocabulary ({type(e).__name__}): on a machine with a network, run this with "
+             'TIKTOKEN_CACHE_DIR=DIR, then copy DIR here and set TIKTOKEN_CACHE_DIR to it')
+
+
+def tiny_shakespeare(*folders):
+    """The text, from input.txt in the first of these folders that has it. If none does, downloads it into the first."""
+    url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+    folder = next((folder for folder in folders if (folder / 'input.txt').exists()), folders[0])
+    path = folder / 'input.txt'
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                content = response.read()
+        except OSError as e:
+            fail(f'could not download {url} ({e}): save it as {path} and run this again')
+        with new_files(folder, 'input.txt') as [f]:
+            f.write(content)
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed':
+        fail(f'{path} is not the text at {url}: delete it and run this again to download it (for a text of your own, '
+             'use data/text/prepare.py)')
+    return content.decode()
