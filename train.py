@@ -134,7 +134,6 @@ with refuse(ValueError, RuntimeError):
 if compile_cache:
     keep_compiled()
 only_process_0_prints()
-dtype = dtype or best_dtype(devices, kernels)
 
 # -----------------------------------------------------------------------------
 # data; and pretrained weights, which bring their model's arguments and vocabulary along
@@ -168,6 +167,7 @@ def get_batch(split, starts):
 # -----------------------------------------------------------------------------
 # model and optimizer: everything is compiled before anything is written
 
+dtype = dtype or best_dtype(devices, kernels)
 model_args = {field.name: globals()[field.name] for field in fields(GPTConfig) if field.name != 'kernels'}
 with refuse(ValueError):
     model_config, functions = choose_kernels(GPTConfig(**model_args), devices, flash, kernels)
