@@ -364,7 +364,7 @@ def fingerprint(plain):
     try:
         seen.add(plain.__name__)
         read(plain)
-    except (OSError, TypeError, SyntaxError):
+    except (AttributeError, OSError, TypeError, SyntaxError):
         return ''
     return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
 
@@ -379,11 +379,11 @@ def kernel_for(plain, kernels):
 def edited(kernels):
     """The names of the functions whose kernels, in a set of KERNELS, are not used, because they were edited."""
     import model
-    return [name for name in KERNELS[kernels]
-            if name not in model.FAST or fingerprint(model.FAST[name]) != MADE_FOR[name]]
+    plain = lambda name: inspect.unwrap(getattr(model, name, None))
+    return [name for name in KERNELS[kernels] if fingerprint(plain(name)) != MADE_FOR[name]]
 
 
 if __name__ == '__main__':
     import model
-    for name, plain in model.FAST.items():
-        print(f"            {name!r}: {fingerprint(plain)!r},")
+    for name in dict.fromkeys(name for names in KERNELS.values() for name in names):
+        print(f"            '{name}': '{fingerprint(inspect.unwrap(getattr(model, name)))}',")

@@ -75,8 +75,6 @@ class GPTConfig:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f'{name} = {getattr(self, name)}: must be at least {low}')
-        if self.n_layer > 1000:
-            raise ValueError(f'n_layer = {self.n_layer}: must be at most 1000')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}')
         if self.arch not in ARCHS:
@@ -84,8 +82,7 @@ class GPTConfig:
         if self.bias and self.row['norm'] == 'rms':
             raise ValueError(f'bias = True: arch = {self.arch!r} has RMSNorm, which goes without biases')
         if self.row['positions'] == 'rotary' and self.head_size % 2:
-            raise ValueError(f'n_embd / n_head = {self.head_size}: arch = {self.arch!r} turns the channels of a head in '
-                             'pairs, so it must be even')
+            raise ValueError(f'n_embd / n_head = {self.head_size}: arch = {self.arch!r} turns channels in pairs')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout = {self.dropout}: must be at least 0 and below 1')
         if self.dtype not in ('float32', 'bfloat16', 'float16'):
@@ -101,14 +98,10 @@ class GPTConfig:
 # -----------------------------------------------------------------------------
 # functions
 
-FAST = {}  # the functions below that are marked, by name
-
 
 def fast(plain):
     """Marks a function that may have a kernel. f(..., kernels='gpu') runs the kernel that pays on a GPU, if there is
     one and if it can do what is asked; f(...) always runs the function as it stands here."""
-    FAST[plain.__name__] = plain
-
     @functools.wraps(plain)
     def choose(*args, kernels='plain', **more):
         if kernels != 'plain':
@@ -158,7 +151,7 @@ def gelu(x):
 
 @fast
 def swiglu(x):
-    """silu(gate) * up for gate and up in x (..., 2, F), where silu(x) = x sigmoid(x): https://arxiv.org/abs/2002.05202."""
+    """silu(gate) * up for gate and up in x (..., 2, F); silu(x) = x sigmoid(x). https://arxiv.org/abs/2002.05202"""
     gate, up = x[..., 0, :], x[..., 1, :]
     return jax.nn.silu(gate) * up
 
@@ -243,29 +236,20 @@ def init_table(config):
             'lora_B': nnx.initializers.zeros}
 
 
-class LayerNorm(nnx.Module):
-    """LayerNorm with an optional bias."""
+class Norm(nnx.Module):
+    """LayerNorm with an optional bias, or RMSNorm without one, over n channels."""
 
-    def __init__(self, config, rngs):
-        self.config = config
-        init, shape = init_table(config), (config.n_embd,)
-        self.weight = nnx.Param(init['scale'](rngs.params(), shape))
-        self.bias = nnx.Param(init['bias'](rngs.params(), shape)) if config.bias else None
+    def __init__(self, kind, n, config, rngs):
+        init = init_table(config)
+        self.kind, self.config = kind, config
+        self.weight = nnx.Param(init['scale'](rngs.params(), (n,)))
+        self.bias = nnx.Param(init['bias'](rngs.params(), (n,))) if config.bias and kind == 'layer' else None
 
     def __call__(self, x):
+        if self.kind == 'rms':
+            return rms_norm(x, self.weight[...], kernels=self.config.kernels)
         bias = None if self.bias is None else self.bias[...]
         return layer_norm(x, self.weight[...], bias, kernels=self.config.kernels)
-
-
-class RMSNorm(nnx.Module):
-    """LayerNorm without mean and bias, over n channels (n_embd if it is not given)."""
-
-    def __init__(self, config, rngs, n=None):
-        self.config = config
-        self.weight = nnx.Param(init_table(config)['scale'](rngs.params(), (n or config.n_embd,)))
-
-    def __call__(self, x):
-        return rms_norm(x, self.weight[...], kernels=self.config.kernels)
 
 
 class Linear(nnx.Module):
@@ -298,8 +282,8 @@ class CausalSelfAttention(nnx.Module):
         self.c_attn = Linear((C, 3, C), config, rngs)  # query, key and value for all heads
         self.c_proj = Linear((C, C), config, rngs, 'residual')
         if config.row['qk_norm']:
-            self.q_norm = RMSNorm(config, rngs, config.head_size)
-            self.k_norm = RMSNorm(config, rngs, config.head_size)
+            self.q_norm = Norm('rms', config.head_size, config, rngs)
+            self.k_norm = Norm('rms', config.head_size, config, rngs)
 
     def __call__(self, x, key=None, cache=None, pos=0, angles=None):
         config, (B, T, C) = self.config, x.shape
@@ -334,15 +318,11 @@ class MLP(nnx.Module):
         return dropout(x, config.dropout, key, kernels=config.kernels)
 
 
-def norm(config, rngs):
-    return LayerNorm(config, rngs) if config.row['norm'] == 'layer' else RMSNorm(config, rngs)
-
-
 class Block(nnx.Module):
     def __init__(self, config, rngs):
-        self.ln_1 = norm(config, rngs)
+        self.ln_1 = Norm(config.row['norm'], config.n_embd, config, rngs)
         self.attn = CausalSelfAttention(config, rngs)
-        self.ln_2 = norm(config, rngs)
+        self.ln_2 = Norm(config.row['norm'], config.n_embd, config, rngs)
         self.mlp = MLP(config, rngs)
 
     @jax.jit  # JAX traces it once for all layers; `self` can be an argument, since a module is a pytree of parameters
@@ -366,7 +346,7 @@ class GPT(nnx.Module):
         if config.row['positions'] == 'learned':
             self.wpe = Embedding(config.block_size, config, rngs)
         self.h = nnx.List([Block(config, rngs) for _ in range(config.n_layer)])
-        self.ln_f = norm(config, rngs)
+        self.ln_f = Norm(config.row['norm'], config.n_embd, config, rngs)
 
     def features(self, idx, key=None, cache=None, pos=0):
         """Final features (B, T, C) of the tokens idx (B, T), and each layer's keys and values, a list of pairs (B, nh,
@@ -474,15 +454,3 @@ def build(config, params):
 def params_of(model):
     """The parameters of a model, as a nested dict."""
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
-def num_params(params):
-    """The number of parameters without position embeddings, as nanoGPT counts them."""
-    positions = params['wpe']['weight'].size if 'wpe' in params else 0
-    return sum(x.size for x in jax.tree.leaves(params)) - positions
-
-
-def flops_per_token(config, n_params, n_frozen=0):
-    """The FLOPs of a training step for each token: 6 for each parameter and 12 L C T for attention (PaLM, appendix B,
-    https://arxiv.org/abs/2204.02311). Frozen parameters have no gradient of their own: 4."""
-    return 6 * n_params - 2 * n_frozen + 12 * config.n_layer * config.n_embd * config.block_size

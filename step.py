@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
 import lora
 from devices import compile_for, peak_flops
-from model import GPTConfig, build, flops_per_token, init_params
+from model import GPTConfig, build, init_params
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,18 @@ def init_state(config, tx, seed):
 
 def all_params(state):
     return lora.join(state['params'], state['base'])
+
+
+def num_params(params):
+    """The number of parameters without position embeddings, as nanoGPT counts them."""
+    positions = params['wpe']['weight'].size if 'wpe' in params else 0
+    return sum(x.size for x in jax.tree.leaves(params)) - positions
+
+
+def flops_per_token(config, n_params, n_frozen=0):
+    """The FLOPs of a training step for each token: 6 for each parameter and 12 L C T for attention (PaLM, appendix B,
+    https://arxiv.org/abs/2204.02311). Frozen parameters have no gradient of their own: 4."""
+    return 6 * n_params - 2 * n_frozen + 12 * config.n_layer * config.n_embd * config.block_size
 
 
 def estimate_mfu(config, n_params, n_frozen, tokens_per_second, devices):

@@ -95,12 +95,12 @@ from devices import (StopSignal, best_dtype, choose_kernels, compile_for, find_d
                      make_mesh, memory_errors, only_process_0_prints, profiled, side_by_side)
 from engine import generate
 from log import Log, log_in_to_wandb, start_wandb
-from model import GPTConfig, build, num_params
+from model import GPTConfig, build
 from optim import get_lr, make_optimizer
 from rundir import (NO_BEST, Checkpoints, RunError, adopt_shape, check_out_dir, clear_run, lock_out_dir, open_model,
                     resume_config, save_base, save_config)
 from step import (Setup, abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu,
-                  eval_step, on_mesh, state_creator, train_step)
+                  eval_step, num_params, on_mesh, state_creator, train_step)
 
 # a resumed run keeps its own settings, except for those that are given now
 with refuse(ValueError, OSError):
