@@ -89,8 +89,7 @@ import numpy as np
 from tqdm import tqdm
 
 import lora
-from dataset import (dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded,
-                     tokenizer, train_starts)
+from dataset import dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded, tokenizer, train_starts
 from devices import (StopSignal, best_dtype, choose_kernels, compile_for, find_devices, join_processes, keep_compiled,
                      make_mesh, memory_errors, only_process_0_prints, profiled, side_by_side)
 from engine import generate
@@ -99,8 +98,8 @@ from model import GPTConfig, build
 from optim import get_lr, make_optimizer
 from rundir import (NO_BEST, Checkpoints, RunError, adopt_shape, check_out_dir, clear_run, lock_out_dir, open_model,
                     resume_config, save_base, save_config)
-from step import (Setup, abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu,
-                  eval_step, num_params, on_mesh, state_creator, train_step)
+from step import (Setup, abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu, eval_step,
+                  num_params, on_mesh, state_creator, train_step)
 
 # a resumed run keeps its own settings, except for those that are given now
 with refuse(ValueError, OSError):
@@ -174,11 +173,9 @@ with refuse(ValueError):
     tx = make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer)
 setup = Setup(model_config, tx, mesh, fsdp)
 abstract = abstract_state(setup)  # shapes and shardings, no values yet
-from_file = 'params'  # what a new run reads from a file, and does not create
-if lora_rank:
-    from_file = 'base'
-if origin == 'scratch':
-    from_file = None
+from_file = None  # what a new run reads from a file, and does not create
+if origin != 'scratch':
+    from_file = 'base' if lora_rank else 'params'
 create = state_creator(setup, seed, abstract, leave_out=from_file)
 
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
@@ -214,9 +211,8 @@ with refuse(ValueError, OSError):
         print(f'Resuming training from {out_dir}', flush=True)
         state, progress = found
     else:
-        what = 'a new model from scratch' if origin == 'scratch' else f'from {origin}'
         why = ' (the run was stopped before its first checkpoint)' if init_from == 'resume' else ''
-        print(f'Initializing {what}{why}', flush=True)
+        print(f'Initializing a model from {origin}{why}', flush=True)
         state, progress = create(), dict(iter_num=0, wandb_id=None, **NO_BEST, best_dataset=dataset)
         if from_file:
             read_pretrained = read_pretrained if pretrained else open_model(origin)[2]
@@ -224,14 +220,13 @@ with refuse(ValueError, OSError):
         if lora_rank and not eval_only:
             save_base(out_dir, state['base'])
 
-iter_num = progress['iter_num']
+iter_num, wandb_id = progress['iter_num'], progress['wandb_id']
 best_val_loss, best_iter = progress['best_val_loss'], progress['best_iter']
-wandb_id = progress['wandb_id']
 
 
 def save():
-    checkpoints.save(iter_num, state, progress | dict(
-        iter_num=iter_num, best_val_loss=best_val_loss, best_iter=best_iter, wandb_id=wandb_id))
+    checkpoints.save(iter_num, state, dict(iter_num=iter_num, wandb_id=wandb_id, best_val_loss=best_val_loss,
+                                           best_iter=best_iter, best_dataset=progress['best_dataset']))
 
 
 # -----------------------------------------------------------------------------
@@ -245,8 +240,8 @@ if wandb_log and jax.process_index() == 0:
 stop = StopSignal(mesh)
 mfu = lambda tokens_per_s: estimate_mfu(model_config, n_params, n_frozen, tokens_per_s, devices)
 with refuse(OSError):
-    log = Log(out_dir, iter_num, max_iters, log_interval, tokens_per_iter, mfu, max_skipped, stop,
-              wandb_run, writes=not eval_only)
+    log = Log(out_dir, iter_num, max_iters, log_interval, tokens_per_iter, mfu, max_skipped, stop, wandb_run,
+              writes=not eval_only)
     if not eval_only:
         save_config(out_dir, config | {'init_from': origin}, model_args, meta)
 
@@ -284,8 +279,9 @@ with (refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_e
     while iter_num <= max_iters or eval_only:
 
         # the learning rate of this iteration
-        lr = learning_rate if not decay_lr else get_lr(
-            iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr, lr_schedule)
+        lr = learning_rate
+        if decay_lr:
+            lr = get_lr(iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr, lr_schedule)
 
         # once in a while: save, evaluate the loss on train and val, and show what was learned
         if iter_num % eval_interval == 0 or eval_only:
@@ -325,8 +321,7 @@ with (refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_e
 
 log.summary(iter_num)
 if best_iter:
-    log.say(f'best validation loss {best_val_loss:.4f} at step {best_iter}; '
-            f'python sample.py --out_dir={out_dir}')
+    log.say(f'best validation loss {best_val_loss:.4f} at step {best_iter}; python sample.py --out_dir={out_dir}')
 if stop.number:
     log.say(f'stopped by {stop.name}; go on with python train.py --init_from=resume --out_dir={out_dir}')
     sys.exit(128 + stop.number)
