@@ -23,25 +23,33 @@ from jax.sharding import PartitionSpec as P
 barrier = jax.lax.optimization_barrier
 
 # -----------------------------------------------------------------------------
-# CPUs: XLA's fast matmul wants rows that are contiguous in memory, and what is not a matmul should be read once
+# CPUs: XLA's bfloat16 matmul wants rows that are contiguous in memory, and what is not a matmul should be read once
 
 
 def row_major(x, one_cpu):
-    """x, on one CPU laid out row by row, which XLA's fast matmul needs; its bfloat16 matmul takes nothing else (0.9).
-    On several CPUs XLA would gather x to constrain its layout: a barrier will do, a bit slower."""
+    """x, in bfloat16 laid out row by row on one CPU: XLA's matmul there takes nothing else (0.9). In float32 the copies
+    cost more than they bring (1.05). On several CPUs XLA would gather x to constrain its layout: a barrier will do."""
+    if x.dtype != jnp.bfloat16:
+        return x
     if not one_cpu:
         return barrier(x)
     return jax.jit(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))))(x)  # works only inside a jit
 
 
 def transpose(x, one_cpu):
-    """x (..., m, n) as (..., n, m), copied into row-major order."""
+    """x (..., m, n) as (..., n, m), in row-major order."""
     return row_major(x.swapaxes(-1, -2), one_cpu)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def matmul(x, w, dtype, one_cpu, transposed=False):
+def multiply(x, w, dtype, one_cpu, transposed=False):
     """x @ w, for x (N, in) and w (in, *out); or x @ w.T, for w (out, in), if it is `transposed`."""
+    if dtype == 'float32':  # here XLA's own derivative is faster (0.8)
+        return jnp.tensordot(x, w, (1, int(transposed)), preferred_element_type=x.dtype)
+    return matmul(x, w, dtype, one_cpu, transposed)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def matmul(x, w, dtype, one_cpu, transposed):
     return matmul_forward(x, w, dtype, one_cpu, transposed)[0]
 
 
@@ -77,13 +85,13 @@ def linear(x, weight, bias=None, dtype='float32', *, one_cpu):
     if one_cpu and len(rows) == 1 and len(weight) % 64 == 0:
         y = one_row_matmul(rows, weight, dtype)
     else:
-        y = matmul(rows, weight, dtype, one_cpu)
+        y = multiply(rows, weight, dtype, one_cpu)
     y = y.reshape(*x.shape[:-1], *weight.shape[1:])
     return y if bias is None else y + bias.astype(y.dtype)
 
 
 def unembed(x, weight, dtype='float32', *, one_cpu):
-    y = matmul(x.reshape(-1, x.shape[-1]), weight, dtype, one_cpu, True)
+    y = multiply(x.reshape(-1, x.shape[-1]), weight, dtype, one_cpu, True)
     return y.reshape(*x.shape[:-1], len(weight))
 
 
