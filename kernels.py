@@ -190,14 +190,6 @@ def dropout(x, rate, key):
     return jnp.where(keep_mask(key, rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def rotary_angles(pos, T, hs, theta):
-    """The barrier keeps XLA from computing cosines anew in every layer."""
-    speeds = theta ** (-jnp.arange(0, hs, 2, dtype=jnp.float32) / hs)
-    angles = (pos + jnp.arange(T, dtype=jnp.float32))[:, None] * speeds
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return barrier((jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)))
-
-
 # -----------------------------------------------------------------------------
 # attention in blocks of queries, and by cuDNN
 
@@ -325,7 +317,7 @@ def of_cpus(one_cpu):
     layout = functools.partial(row_major, one_cpu=one_cpu)
     return {'linear': functools.partial(linear, one_cpu=one_cpu), 'unembed': functools.partial(unembed, one_cpu=one_cpu),
             'layer_norm': layer_norm, 'rms_norm': rms_norm, 'gelu': gelu, 'swiglu': swiglu, 'dropout': dropout,
-            'rotary_angles': rotary_angles, 'attention': functools.partial(block_attention, layout=layout),
+            'attention': functools.partial(block_attention, layout=layout),
             'attention_with_cache': attention_with_cache}
 
 
@@ -343,7 +335,6 @@ MADE_FOR = {'linear': '773fbda027800a45',
             'gelu': '7ebe822ee050d2c4',
             'swiglu': '940ba8266f6688b1',
             'dropout': 'ab4a5224bbb4d4d0',
-            'rotary_angles': 'c2c525647c999133',
             'attention': '8524060973847707',
             'attention_with_cache': 'c87b296c6533f014'}
 

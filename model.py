@@ -165,7 +165,6 @@ def dropout(x, rate, key):
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-@fast
 def rotary_angles(pos, T, hs, theta):
     """Cosines and sines, (T, hs) each, for T positions from pos on: channels i and i + hs / 2 are a pair, which turns
     by theta^(-2 i / hs) from one position to the next (RoPE, https://arxiv.org/abs/2104.09864)."""
@@ -358,7 +357,7 @@ class GPT(nnx.Module):
         if config.row['positions'] == 'learned':
             x += jax.lax.dynamic_slice_in_dim(self.wpe.weight[...], pos, T)
         else:
-            angles = rotary_angles(pos, T, config.head_size, config.rope_theta, kernels=config.kernels)
+            angles = rotary_angles(pos, T, config.head_size, config.rope_theta)
         x = dropout(x.astype(config.activation_dtype), config.dropout, keys[0], kernels=config.kernels)
         new_cache = []
         for i, block in enumerate(self.h):

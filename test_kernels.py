@@ -57,7 +57,6 @@ CASES = {  # arguments of the functions of model.py
     'rms_norm': [normal(2, 3, 8), normal(8)],
     'gelu': [3 * normal(6, 4)],
     'swiglu': [3 * normal(6, 2, 4)],
-    'rotary_angles': [jnp.int32(5), 7, 8, 100.0],
     'rotate': [normal(2, 3, 7, 8), model.rotary_angles(5, 7, 8, 100.0)],
     'attention': QKV,
     'attention of one block': [x[:, :, :20] for x in QKV],
