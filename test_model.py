@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -20,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from safetensors.numpy import load_file, save_file
 
@@ -30,7 +28,7 @@ import model
 import optim
 import step
 from dataset import eval_starts, load_batch, micro_batches, tokenizer, train_starts
-from devices import best_dtype, find_devices, make_mesh, side_by_side
+from devices import make_mesh, side_by_side
 from engine import generate, stream
 from model import GPT, GPTConfig, abstract_params, build, dropout, params_of, sample_token
 from optim import get_lr
@@ -127,16 +125,6 @@ def numpy_gpt(p, idx, n_head):
             x = x + linear(h, block['mlp']['c_proj'])
         out.append(norm(x, p['ln_f']) @ p['wte']['weight'].T)
     return np.stack(out)
-
-
-@pytest.mark.parametrize('bias', [True, False])
-def test_logits_equal_a_numpy_forward_pass(bias):
-    config = dataclasses.replace(TINY, bias=bias)
-    noise = np.random.default_rng(1)
-    add_noise = lambda x: np.asarray(x + 0.2 * noise.standard_normal(x.shape, np.float32))
-    params = jax.tree.map(add_noise, init_params(config, 0))
-    idx = tokens(3, 11)
-    close(build(config, params)(idx), numpy_gpt(params, idx, config.n_head), 1e-4)
 
 
 def numpy_qwen3(tensors, hf_config, idx):
@@ -240,12 +228,6 @@ def test_dropout_is_another_one_at_each_step_and_micro_batch():
 
     assert loss(3, row) == loss(3, row) != loss(4, row)
     assert loss(3, row) != loss(3, row.repeat(2, axis=0))
-
-
-def test_bfloat16_is_close_to_float32():
-    half = build(dataclasses.replace(TINY, dtype='bfloat16'), params_of(tiny_model()))
-    idx, full = tokens(2, 16), tiny_model()(tokens(2, 16))
-    assert 1e-3 < np.abs(half(idx) - full).max() / np.abs(full).max() < 0.1
 
 
 def test_a_bad_config_is_refused():
@@ -553,23 +535,6 @@ def test_micro_batches_give_the_gradient_of_one_big_batch():
         close(state['opt_state'], states[0][0]['opt_state'], 1e-6)
 
 
-def test_one_batch_is_learned_by_heart():
-    batch = tokens(1, 4, 17)
-    assert train(SMALL, lambda step: batch, 200)[1][-1] < 0.2
-
-
-def test_the_identity_is_learned():
-    """Target = input: the cheapest proof that data, loss, gradient and update fit together."""
-    def repeat(step):  # a sequence in which every token stands twice; every second target is its input
-        return np.repeat(tokens(1, 16, 9, seed=step), 2, axis=-1)[..., :17]
-    state, losses = train(SMALL, repeat, 200)
-    logits = build(SMALL, state['params'])(repeat(10**6)[0, :, :16])
-    targets = repeat(10**6)[0, :, 1:]
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-    assert nll[:, 0::2].mean() < 0.05  # known
-    assert abs(nll[:, 1::2].mean() - math.log(37)) < 0.2  # not to be known
-
-
 def test_a_markov_source_is_learned_to_its_entropy():
     V, config = 8, dataclasses.replace(SMALL, vocab_size=8)
     rng = np.random.default_rng(0)
@@ -780,7 +745,7 @@ def assert_each_device_holds_its_part(state, mesh):
         assert weight.addressable_shards[0].data.size == weight.size // tensor // (data if fsdp else 1)
 
 
-def test_the_loss_is_the_same_on_every_mesh_and_every_mesh_goes_on_with_the_checkpoint_of_every_other(tmp_path):
+def test_the_loss_is_the_same_on_every_mesh_and_every_mesh_goes_on_with_the_checkpoints_of_others(tmp_path):
     runs, curves, saved = {}, {}, {}
     for mesh in MESHES:
         state, abstract, go_on = start_on(mesh)
@@ -795,86 +760,35 @@ def test_the_loss_is_the_same_on_every_mesh_and_every_mesh_goes_on_with_the_chec
         runs[mesh] = checkpoints, abstract, go_on
     one = curves[MESHES[0]]
     assert one[-1] < one[0] - 0.1
-    for mesh in MESHES:
+    for i, mesh in enumerate(MESHES):
         np.testing.assert_allclose(curves[mesh], one, atol=1e-4, err_msg=str(mesh))
-        for other, (checkpoints, _, _) in runs.items():
-            state, _ = checkpoints.restore(runs[mesh][1])
+        for other in (MESHES[i - 1], MESHES[i - 3]):
+            state, _ = runs[other][0].restore(runs[mesh][1])
             assert jax.tree.all(jax.tree.map(np.array_equal, state, saved[other])), (mesh, other)
         np.testing.assert_allclose(runs[mesh][2](state, 6, 8)[1], one[6:8], atol=1e-4)
 
 
-def test_qwen3_and_muon_have_the_same_loss_on_every_mesh_and_resume_on_any_other(tmp_path):
-    one, checkpoints, config = None, None, dataclasses.replace(WIDE, arch='qwen3')
-    for mesh in (MESHES[0], MESHES[2], MESHES[4], MESHES[5], MESHES[6]):
-        state, abstract, go_on = start_on(mesh, config, 'muon')
+@pytest.mark.parametrize('changes, optimizer', [(dict(arch='qwen3'), 'muon'), (dict(bias=True), 'adamw')], ids=str)
+def test_other_models_train_alike_on_meshes_too_and_in_bfloat16_and_go_on_on_any(changes, optimizer, tmp_path):
+    config, one, checkpoints = dataclasses.replace(WIDE, **changes), None, Checkpoints(tmp_path)
+    for mesh in (MESHES[0], MESHES[2], MESHES[4], MESHES[6]):
+        state, abstract, go_on = start_on(mesh, config, optimizer)
         state, curve = go_on(state, 0, 6)
         if one is None:
-            one, checkpoints = curve, Checkpoints(tmp_path)
+            saved = jax.tree.map(np.asarray, state)
             checkpoints.save(6, state, NO_BEST)
             checkpoints.wait()
             one = curve + go_on(state, 6, 10)[1]
         np.testing.assert_allclose(curve, one[:6], atol=1e-4, err_msg=str(mesh))
         state, _ = checkpoints.restore(abstract)
-        assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, state, abstract))
-        momentum = state['opt_state'][1].inner_states['muon'].inner_state[0].trace['h'][0]['mlp']['c_fc']['weight']
-        assert momentum.addressable_shards[0].data.size == momentum.size // mesh[1] // (mesh[0] if mesh[2] else 1)
-        np.testing.assert_allclose(go_on(state, 6, 10)[1], one[6:], atol=1e-4, err_msg=str(mesh))
-
-
-@pytest.mark.parametrize('shape', [dict(n_head=3, n_embd=33, block_size=15), dict(n_head=4, n_embd=128, block_size=64)],
-                         ids=str)
-def test_bfloat16_trains_like_float32_in_the_code_for_one_cpu(shape):
-    config, curves = dataclasses.replace(SMALL, dropout=0.1, kernels='cpu', **shape), []
-    batch_of = lambda step: tokens(2, 4, config.block_size + 1, seed=step % 3)
-    for dtype in ('float32', 'bfloat16'):
-        config = dataclasses.replace(config, dtype=dtype)
-        state, curve = train(config, batch_of, 20, lr=1e-3)
-        curves.append(curve)
-    assert curves[0][-1] < curves[0][0] - 0.05 and 0 < np.abs(np.subtract(*curves)).max() < 0.02
-    assert generate(build(config, state['params']), tokens(1, 3), 30, key=KEY).shape == (1, 33)
-
-
-def test_a_model_with_biases_trains_alike_on_every_mesh_and_in_bfloat16_and_is_restored_on_any_other(tmp_path):
-    config, one, checkpoints = dataclasses.replace(WIDE, bias=True), None, Checkpoints(tmp_path)
-    for mesh in (MESHES[0], MESHES[4], MESHES[6]):
-        state, abstract, go_on = start_on(mesh, config)
-        state, curve = go_on(state, 0, 10)
-        if one is None:
-            one, saved = curve, jax.tree.map(np.asarray, state)
-            checkpoints.save(10, state, NO_BEST)
-            checkpoints.wait()
-        np.testing.assert_allclose(curve, one, atol=1e-4, err_msg=str(mesh))
-        assert_each_device_holds_its_part(state, mesh)
-        state, _ = checkpoints.restore(abstract)
         assert jax.tree.all(jax.tree.map(np.array_equal, state, saved)), mesh
         assert_each_device_holds_its_part(state, mesh)
+        np.testing.assert_allclose(go_on(state, 6, 10)[1], one[6:], atol=1e-4, err_msg=str(mesh))
 
-        state, _, go_on = start_on(mesh, dataclasses.replace(config, dtype='bfloat16'))
+        state, _, go_on = start_on(mesh, dataclasses.replace(config, dtype='bfloat16'), optimizer)
         state, half = go_on(state, 0, 10)
-        assert 0 < np.abs(np.subtract(curve, half)).max() < 5e-3
+        assert 0 < np.abs(np.subtract(one, half)).max() < 2e-2
         assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
-
-
-@pytest.mark.parametrize('kind, platforms, gpus', [
-    ('cuda', 'cuda', None), ('gpu', 'cuda', None), ('cuda:0', 'cuda', '0'), ('gpu:3', 'cuda', '3'), ('mps', None, None),
-    ('cpu', 'cpu', None), ('', None, None), ('cuda:x', 'cuda:x', None)])
-def test_pytorchs_names_of_devices_are_understood(kind, platforms, gpus, monkeypatch, capsys):
-    set_to = {}
-    monkeypatch.setattr(jax, 'config', types.SimpleNamespace(update=set_to.__setitem__))
-    find_devices(kind)
-    wanted = {'jax_platforms': platforms, 'jax_cuda_visible_devices': gpus}
-    assert set_to == {name: value for name, value in wanted.items() if value}
-    assert ('no such device' in capsys.readouterr().err) == (kind == 'mps')
-
-
-@pytest.mark.parametrize('platform, cpu, dtype', [('gpu', '', 'bfloat16'),
-                                                  ('cpu', 'flags : avx2 avx512_bf16 amx_tile', 'bfloat16'),
-                                                  ('cpu', 'flags : avx2 fma', 'float32'), ('cpu', None, 'float32')])
-def test_the_best_dtype_is_the_one_that_there_are_instructions_for(platform, cpu, dtype, monkeypatch, tmp_path):
-    if cpu is not None:
-        (tmp_path / 'cpuinfo').write_text(cpu)
-    monkeypatch.setattr('devices.Path', lambda path: {'/proc/cpuinfo': tmp_path / 'cpuinfo'}[path])
-    assert best_dtype([types.SimpleNamespace(platform=platform)]) == dtype
 
 
 def test_lora_is_the_same_on_every_mesh(tmp_path):
@@ -893,7 +807,7 @@ def test_lora_is_the_same_on_every_mesh(tmp_path):
         step = train_step.lower(state, batch, 1e-2, KEY, setup=Setup(config, tx, mesh, fsdp)).compile()
         if (data, tensor, fsdp) == (8, 1, False):
             reduced = re.findall(r'= (.*) all-reduce\(', step.as_text())
-            shapes = [dims for types in reduced for dims in re.findall(r'f32\[([\d,]+)\]', types)]
+            shapes = [dims for text in reduced for dims in re.findall(r'f32\[([\d,]+)\]', text)]
             sizes = [math.prod(map(int, dims.split(','))) for dims in shapes]
             assert adapters <= sum(sizes) < 1.1 * adapters, (adapters, sizes)  # the base takes no part
         for _ in range(3):
