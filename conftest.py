@@ -120,6 +120,7 @@ def server():
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(os.path.dirname(__file__))  # where the server finds this file
         # the scripts would start themselves a second time to set the first; NumPy must not start threads
         patch.setenv('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:'
                      'glibc.malloc.trim_threshold=2147483647')

@@ -283,6 +283,7 @@ def test_a_signal_ends_a_run_after_saving_it_and_it_goes_on_as_if_there_had_been
         process.send_signal(number)
         assert '--init_from=resume --out_dir=signals' in process.stdout.read()
         assert process.wait(timeout=60) == 128 + number
+        assert steps_in(repo / 'signals')[-1] == int(log_of(repo / 'signals')[-1]['iter']) + 1
     run(repo, 'train.py', *TINY, '--out_dir=no-signals', f"--max_iters={steps_in(repo / 'signals')[-1] - 1}")
     assert_same_run(repo / 'signals', repo / 'no-signals')
 
@@ -1212,7 +1213,7 @@ def test_a_mistake_ends_a_script_with_one_line_and_code_2_and_nothing_written(re
 
 
 @pytest.fixture(scope='module')
-def mistaken(repo, whole, base, adapted):
+def mistaken(repo, whole, base):
     """The repository with runs to go on with or to sample from, and datasets and runs with one thing wrong in each."""
     good = repo / 'data/tiny'
     meta = json.loads((good / 'meta.json').read_text(encoding='utf-8'))
@@ -1237,7 +1238,17 @@ TUNE = ['train.py', *(arg for arg in TINY if not arg.startswith('--n_')), '--out
 SAMPLE, EXPORT = ['sample.py', '--out_dir=whole', '--device=cpu'], ['export.py', '--out_dir=base', '--hf_dir=hf-not']
 
 
+def bad(begin, **values):
+    """Mistakes whose messages begin with the key and its value."""
+    return [(begin, f'--{key}={value}', f'{key} = {value!r}') for key, value in values.items()]
+
+
 @pytest.mark.parametrize('begin, arg, message', [
+    *bad(TRAIN, n_embd=-16, n_layer=10**6, block_size=0, batch_size=0, gradient_accumulation_steps=0, max_iters=-1,
+         eval_interval=0, log_interval=-5, eval_iters=0, learning_rate=-1.0, beta1=1.0, seed=-1, mesh_tensor=3,
+         mesh_data=2, optimizer='sgd', lr_schedule='none', init_from='gpt5'),  # test_model.py has more about models
+    (TRAIN, '--batch_size=10000000', 'batch_size = 10000000: must be from 1 to 1,000,000'),
+    (TRAIN, '--n_head=3', 'n_embd = 16 is not divisible by n_head = 3'),
     (TRAIN, '--dataset=none',
      "dataset = 'none' is not prepared: run python data/text/prepare.py YOUR_FILES --name=none"),
     (TRAIN, '--dataset=shakespeare', 'run python data/shakespeare/prepare.py'),
@@ -1246,36 +1257,25 @@ SAMPLE, EXPORT = ['sample.py', '--out_dir=whole', '--device=cpu'], ['export.py',
     (TRAIN, '--dataset=outside', 'val.bin holds token 65535'),
     (TRAIN, '--dataset=not-json', 'meta.json is not a JSON object'),
     (TRAIN, '--dataset=no-vocab', 'meta.json lacks'), (TRAIN, '--dataset=no-tokenizer', 'meta.json lacks'),
-    (TRAIN, '--n_head=3', 'n_embd = 16 is not divisible by n_head = 3'),  # test_model.py has more about models
-    *((TRAIN, f'--{key}={value}', f'{key} = ') for key, value in dict(
-        n_embd=-16, n_layer=10**6, block_size=0, batch_size=0, gradient_accumulation_steps=0, max_iters=-1,
-        eval_interval=0, log_interval=-5, eval_iters=0, learning_rate=-1.0, beta1=1.0, seed=-1, mesh_tensor=3,
-        mesh_data=2, optimizer='sgd', lr_schedule='none').items()),
-    (TRAIN, '--batch_size=10000000', 'batch_size = 10000000'),
     (TRAIN, '--num_processes=2', 'needs --coordinator=HOST:PORT'), (TRAIN, '--coordinator=host', 'HOST:PORT'),
     ([*TRAIN, '--coordinator=host:1', '--num_processes=2'], '--process_id=2', 'process_id = 2: must be from 0 to 1'),
-    (TRAIN, '--init_from=gpt5', "init_from = 'gpt5'"), (TRAIN, '--init_from=resume', 'there is nothing to resume'),
-    (TRAIN, '--out_dir=verse.txt/run', 'verse.txt/run'),
+    (TRAIN, '--init_from=resume', 'there is nothing to resume'), (TRAIN, '--out_dir=verse.txt/run', 'verse.txt/run'),
     (RESUME, '--out_dir=no-settings', 'there is nothing to resume'),
-    (RESUME, '--n_layer=3', 'n_layer = 3: the run in whole has n_layer = 1'), (RESUME, '--bias=True', 'bias = True'),
-    (RESUME, '--arch=qwen3', 'arch = qwen3: the run in whole has arch = gpt2, which cannot change'),
-    (RESUME, '--optimizer=muon', 'optimizer = muon: the run in whole has optimizer = adamw, which cannot change'),
+    *((RESUME, f'--{key}={new}', f'{key} = {new}: the run in whole has {key} = {old}, which cannot change')
+      for key, new, old in (('n_layer', 3, 1), ('bias', True, False), ('arch', 'qwen3', 'gpt2'),
+                            ('optimizer', 'muon', 'adamw'), ('lora_rank', 4, 0))),
     (RESUME, '--dataset=other', "dataset = 'other' has another vocabulary than the run in whole"),
-    ([*RESUME, '--out_dir=adapted'], '--lora_rank=4', 'lora_rank = 4: the run in adapted has lora_rank = 2, which ca'),
     (TUNE, '--n_layer=3', 'n_layer = 3: base has n_layer = 1'),
     (TUNE, '--block_size=17', 'block_size = 17: base has block_size = 16'),
     (TUNE, '--dataset=other', "dataset = 'other' has another vocabulary than base"),
     ([*TUNE, '--overwrite=True'], '--out_dir=base', "init_from = 'base' is out_dir, too"),
+    *bad(SAMPLE, top_k=-1, top_p=0.0, temperature=-1.0, num_samples=0, checkpoint='third', init_from='data'),
+    (SAMPLE, '--top_p=1.5', 'top_p = 1.5'), (SAMPLE, '--out_dir=nowhere', "out_dir = 'nowhere' holds no run"),
     (SAMPLE, '--start=§', "does not know '§'"), (SAMPLE, '--start=', 'start is empty'),
     (SAMPLE, '--start=FILE:none.txt', 'No such file'), (SAMPLE, '--start=FILE:latin1.txt', 'not UTF-8'),
-    (SAMPLE, '--top_k=-1', 'top_k'), (SAMPLE, '--top_p=0.0', 'top_p'), (SAMPLE, '--top_p=1.5', 'top_p'),
-    (SAMPLE, '--temperature=-1', 'temperature'), (SAMPLE, '--num_samples=0', 'num_samples'),
-    (SAMPLE, '--out_dir=nowhere', 'nowhere'), (SAMPLE, '--checkpoint=third', "checkpoint = 'third'"),
-    (SAMPLE, '--init_from=data', "init_from = 'data'"),
-    (EXPORT, '--out_dir=data', "out_dir = 'data' holds no run"), (EXPORT, '--dtype=int8', "dtype = 'int8'"),
-    (EXPORT, '--checkpoint=third', "checkpoint = 'third'"),
-    (SAMPLE, '--out_dir=no-checkpoints', 'best.json names checkpoint 10, which is not there'),
-    (EXPORT, '--out_dir=no-checkpoints', 'best.json names checkpoint 10, which is not there'),
+    *bad(EXPORT, dtype='int8', checkpoint='third', out_dir='data'),
+    *((begin, '--out_dir=no-checkpoints', 'best.json names checkpoint 10, which is not there')
+      for begin in (SAMPLE, EXPORT)),
 ])
 def test_a_mistake_is_named_before_anything_is_done(mistaken, refused, begin, arg, message):
     assert message in refused(*begin, arg)
