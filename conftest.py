@@ -43,6 +43,11 @@ def pytest_configure(config):
     config.option.maxschedchunk = 2  # pytest-xdist's workers get few tests at a time, so all are busy until the end
 
 
+def pytest_sessionfinish():
+    for process in multiprocessing.active_children():  # of tests that failed
+        process.kill()
+
+
 @pytest.fixture(scope='session', autouse=True)
 def shared_cache(tmp_path_factory):
     """What one run or test has compiled, every later one of the session takes from the cache, in whatever worker."""
