@@ -2,20 +2,25 @@
 How the tests start a script, and why that is quick.
 
 `start` runs a script in a copy of the repository, as you would in a terminal. A short run would spend most of its time
-importing JAX and the other libraries. On Linux, a helper process imports them once, and each run is a fork of it:
+importing JAX and the other libraries. On Linux, Python's fork server imports them once, and each run is a fork of it:
 a process of its own, with its own pid, its own JAX devices and its own exit code, which you can interrupt and kill.
-The helper has one thread and has not asked JAX for any device, so it is safe to fork.
+The server has one thread and has not asked JAX for any device, so it is safe to fork.
 """
+import atexit
+import contextlib
 import functools
-import json
+import importlib
+import multiprocessing
 import os
-import select
+import runpy
 import signal
-import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 
 import pytest
 
@@ -32,16 +37,19 @@ os.environ |= {'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': ''}
 # Scripts that the tests start hear Ctrl-C, also where the tests run in the background of a shell that ignores it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# With this variable set, the scripts don't start themselves a second time to set it.
-TUNABLES = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647'
-
 
 def pytest_configure(config):
-    """Each of pytest-xdist's workers gets few tests at a time, so that both have something to do until the end. The
-    tests simulate eight devices on the CPU, for meshes."""
-    import jax  # not above: the helper must set nothing
+    """Each of pytest-xdist's workers gets few tests at a time, so that all are busy until the end. The tests simulate eight
+    devices on the CPU, for meshes."""
+    import jax  # not above: the processes that start scripts must set nothing
     jax.config.update('jax_num_cpu_devices', 8)
+    config.addinivalue_line('markers', 'quick: the maths, and a run that is resumed; for every further Python')
     config.option.maxschedchunk = 2
+
+
+def pytest_sessionfinish():
+    for process in multiprocessing.active_children():  # of tests that failed
+        process.kill()
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -64,7 +72,7 @@ def start(repo, script, *args, fresh=False, **env):
     if not fork or env.keys() - {'XLA_FLAGS', 'PYTHONPATH'}:
         return subprocess.Popen([sys.executable, *args], cwd=repo, text=True, encoding='utf-8', stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, env=os.environ | {'WANDB_MODE': 'offline'} | env)
-    return Fork(json.dumps([str(repo), args, env]).encode())
+    return Fork(str(repo), args, env)
 
 
 def run(repo, script, *args, code=0, **how):
@@ -75,35 +83,31 @@ def run(repo, script, *args, code=0, **how):
     return err if code else out
 
 
-@functools.cache
-def helper():
-    """The helper process and our end of the socket that it listens to. It ends when we do, and the socket closes."""
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    env = os.environ | {'GLIBC_TUNABLES': TUNABLES, 'OPENBLAS_NUM_THREADS': '1'}  # NumPy must not start threads, either
-    command = [sys.executable, __file__, str(its.fileno())]
-    return ours, subprocess.Popen(command, pass_fds=[its.fileno()], stdout=subprocess.DEVNULL, env=env)
+# -----------------------------------------------------------------------------
+# forks
 
 
 class Fork:
-    """A script that runs in a fork of the helper. It has the methods of subprocess.Popen that the tests use."""
+    """A script that runs in a fork. It has the methods of subprocess.Popen that the tests use."""
 
-    def __init__(self, request):
-        (out, its_out), (err, its_err), (self.news, its_news) = os.pipe(), os.pipe(), os.pipe()
-        socket.send_fds(helper()[0], [request], [its_out, its_err, its_news])
-        for fd in (its_out, its_err, its_news):
-            os.close(fd)
-        self.stdout, self.stderr = open(out, encoding='utf-8'), open(err, encoding='utf-8')
-        self.pid, self.returncode, self.texts = self.next_number(), None, None
+    def __init__(self, *request):
+        (out, its_out), (err, its_err) = os.pipe(), os.pipe()
+        self.stdout, self.stderr, self.texts = open(out, encoding='utf-8'), open(err, encoding='utf-8'), None
+        with Connection(its_out, readable=False) as its_out, Connection(its_err, readable=False) as its_err:
+            self.process = server().Process(target=run_script, args=(*request, its_out, its_err), daemon=True)
+            self.process.start()
+        self.pid, self.kill = self.process.pid, self.process.kill
 
-    def next_number(self):
-        return int.from_bytes(os.read(self.news, 4), 'little', signed=True)
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    poll = returncode.fget
 
     def wait(self, timeout=None):
+        self.process.join(timeout)
         if self.returncode is None:
-            if not select.select([self.news], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(f'process {self.pid}', timeout)
-            self.returncode = self.next_number()
-            os.close(self.news)
+            raise subprocess.TimeoutExpired(f'process {self.pid}', timeout)
         return self.returncode
 
     def communicate(self, timeout=None):
@@ -114,93 +118,62 @@ class Fork:
         self.wait(timeout)
         return [text.result() for text in self.texts]
 
-    def poll(self):
-        try:
-            return self.wait(timeout=0)
-        except subprocess.TimeoutExpired:
-            return None
-
     def send_signal(self, number):
-        if self.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
+
+@functools.cache
+def server():
+    """Python's fork server. It ends when we do."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(os.path.dirname(__file__))  # where the server finds this file
+        # the scripts would start themselves a second time to set the first; NumPy must not start threads
+        patch.setenv('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:'
+                     'glibc.malloc.trim_threshold=2147483647')
+        patch.setenv('OPENBLAS_NUM_THREADS', '1')
+        patch.setenv('TESTS_FORK_SERVER', 'True')
+        forkserver.ensure_running()
+    return context
 
 
-# -----------------------------------------------------------------------------
-# the helper process
-
-
-def wait_for_request(requests):
-    """Forks twice for each request: a process to run the script and, above it, one that waits for its end and
-    tells us. Returns only in the first, with the request. The helper itself never returns."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the terminal ends the helper without a word
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here waits for those that wait
-    while True:
-        request, fds, _, _ = socket.recv_fds(requests, 2**20, 3)
-        if not request:
-            os._exit(0)
-        if os.fork() == 0:
-            break
-        for fd in fds:
-            os.close(fd)
-    requests.close()
-    out, err, news = fds
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if pid := os.fork():
-        os.close(out)
-        os.close(err)
-        os.write(news, pid.to_bytes(4, 'little'))
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        os.write(news, code.to_bytes(4, 'little', signed=True))
-        os._exit(0)
-    os.dup2(out, 1)
-    os.dup2(err, 2)
-    for fd in fds:
-        os.close(fd)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as when Python starts
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where `nohup` started the tests
-    return json.loads(request)
-
-
-if __name__ == '__main__':
-    import atexit
-    import gc
-    import importlib
-    import threading
-    import types
-
+if 'TESTS_FORK_SERVER' in os.environ and __name__ == 'conftest':  # the server has just started, and imports this file
     for name in ('jax', 'jax.experimental.multihost_utils', 'flax.nnx', 'matplotlib.backends.backend_agg',
                  'matplotlib.figure', 'numpy', 'optax', 'orbax.checkpoint', 'safetensors.numpy', 'tiktoken', 'tqdm'):
         importlib.import_module(name)
-    from matplotlib.figure import Figure
-    figure = Figure()  # the first picture takes longer than later ones
+    figure = sys.modules['matplotlib.figure'].Figure()  # the first picture takes longer than later ones
     figure.subplots()
     figure.savefig(os.devnull, format='png')
+    import gc
     gc.freeze()  # all this stays: no run need look for garbage in it
 
-    repo, sys.argv, env = wait_for_request(socket.socket(fileno=int(sys.argv[1])))
+
+def run_script(repo, args, env, out, err):
+    """What a fork does: it runs the script as Python runs it, and ends."""
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    out.close()
+    err.close()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where `nohup` started the tests
     os.chdir(repo)
     os.environ.update(env)
-    sys.path[0] = repo
+    sys.argv, sys.path[0] = args, repo
     if 'PYTHONPATH' in env:  # as when Python starts
         sys.path.insert(1, env['PYTHONPATH'])
         sys.modules.pop('sitecustomize', None)  # some systems have one of their own
         importlib.import_module('sitecustomize')
-    with open(sys.argv[0], encoding='utf-8') as f:
-        program = compile(f.read(), sys.argv[0], 'exec')
-    script = sys.modules['__main__'] = types.ModuleType('__main__')
-    script.__file__ = sys.argv[0]
     code = 0
     try:
-        exec(program, vars(script))
+        runpy.run_path(args[0], run_name='__main__')
     except SystemExit as end:
-        if isinstance(end.code, str):
-            raise
         code = end.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
     # End as a script ends, but do not let Python give back all that the libraries hold: to write to memory that the
-    # helper and its forks share is to copy it, and takes 0.1 s.
+    # server and its forks share is to copy it, and takes 0.1 s.
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
