@@ -194,6 +194,16 @@ def rotary_angles(pos, T, hs, theta):
 # GPUs: what is not a matmul takes as long as its bytes take to be read and written
 
 
+def one_pass_layer_norm(x, weight, bias=None):
+    """The variance as mean(x^2) - mean(x)^2, which is Flax's default: XLA makes both sums where it adds to the residual
+    stream, and does not write the normalized x in float32 for the gradient by weight (1.9 of 24.7 GB for 124M with
+    12 x 1024 tokens)."""
+    x32 = x.astype(jnp.float32)
+    mean, square = x32.mean(-1, keepdims=True), (x32 * x32).mean(-1, keepdims=True)
+    y = (x32 - mean) * jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + 1e-5) * weight
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
 @jax.custom_vjp
 def logsumexp(x):
     """log(sum(exp(x))) over the last dimension, with the highest x and the sum in one pass."""
@@ -344,7 +354,7 @@ def of_cpus(one_cpu):
             'rotary_angles': rotary_angles, 'attention': functools.partial(block_attention, layout=layout)}
 
 
-GPU = {'gelu': gelu, 'dropout': dropout, 'cross_entropy': cross_entropy,
+GPU = {'layer_norm': one_pass_layer_norm, 'gelu': gelu, 'dropout': dropout, 'cross_entropy': cross_entropy,
        'attention': functools.partial(block_attention, layout=no_layout)}
 TPU = {'dropout': dropout, 'attention': functools.partial(block_attention, layout=no_layout)}
 KERNELS = {'plain': {}, 'cpu': of_cpus(one_cpu=True), 'cpus': of_cpus(one_cpu=False), 'gpu': GPU,
