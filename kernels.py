@@ -191,6 +191,53 @@ def dropout(x, rate, key):
 
 
 # -----------------------------------------------------------------------------
+# GPUs: what is not a matmul takes as long as its bytes take to be read and written
+
+
+def one_pass_layer_norm(x, weight, bias=None):
+    """The variance as mean(x^2) - mean(x)^2, which is Flax's default: XLA makes both sums where it adds to the residual
+    stream, and does not write the normalized x in float32 for the gradient by weight (1.9 of 24.7 GB for 124M with
+    12 x 1024 tokens)."""
+    x32 = x.astype(jnp.float32)
+    mean, square = x32.mean(-1, keepdims=True), (x32 * x32).mean(-1, keepdims=True)
+    y = (x32 - mean) * jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + 1e-5) * weight
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+@jax.custom_vjp
+def logsumexp(x):
+    """log(sum(exp(x))) over the last dimension, with the highest x and the sum in one pass."""
+    return logsumexp_forward(x)[0]
+
+
+def logsumexp_forward(x):
+    def merge(a, b):
+        (m, s), (n, t) = a, b  # of two parts: the highest x, and the sum of exp(x - highest)
+        less = jnp.exp(-jnp.abs(m - n))
+        return jnp.maximum(m, n), jnp.where(m > n, s + t * less, s * less + t)
+
+    start = jnp.float32(-1e30), jnp.float32(0)
+    highest, total = jax.lax.reduce((jnp.maximum(x, -1e30), jnp.ones_like(x)), start, merge, [x.ndim - 1])
+    result = highest + jnp.log(total)
+    return result, (x, result)
+
+
+def logsumexp_backward(saved, d):
+    x, result = saved
+    return jnp.exp(x - result[..., None]) * d[..., None],
+
+
+logsumexp.defvjp(logsumexp_forward, logsumexp_backward)
+
+
+def cross_entropy(logits, targets):
+    """Reads the logits once for logsumexp (1.2 of 24.7 GB)."""
+    logits = logits.astype(jnp.float32)
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return (logsumexp(logits) - jnp.where(is_target, logits, 0).sum(-1)).mean()
+
+
+# -----------------------------------------------------------------------------
 # attention in blocks of queries, and by cuDNN
 
 
@@ -321,7 +368,8 @@ def of_cpus(one_cpu):
             'attention_with_cache': attention_with_cache}
 
 
-GPU = {'gelu': gelu, 'dropout': dropout, 'attention': functools.partial(block_attention, layout=no_layout)}
+GPU = {'layer_norm': one_pass_layer_norm, 'gelu': gelu, 'dropout': dropout, 'cross_entropy': cross_entropy,
+       'attention': functools.partial(block_attention, layout=no_layout)}
 TPU = {'dropout': dropout, 'attention': functools.partial(block_attention, layout=no_layout)}
 KERNELS = {'plain': {}, 'cpu': of_cpus(one_cpu=True), 'cpus': of_cpus(one_cpu=False), 'gpu': GPU,
            'cudnn': GPU | {'attention': cudnn_attention}, 'tpu': TPU}
@@ -336,7 +384,8 @@ MADE_FOR = {'linear': '773fbda027800a45',
             'swiglu': '940ba8266f6688b1',
             'dropout': 'ab4a5224bbb4d4d0',
             'attention': '8524060973847707',
-            'attention_with_cache': 'c87b296c6533f014'}
+            'attention_with_cache': 'c87b296c6533f014',
+            'cross_entropy': '062dc6ba49654119'}
 
 
 @functools.cache

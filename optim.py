@@ -63,24 +63,32 @@ def muon_and_adamw(beta1, beta2):
 @functools.partial(jax.jit, static_argnames=('dtype', 'on_cpu'))  # JAX traces it once for all matrices of a shape
 def orthogonalize(x, dtype, on_cpu=False):
     """x (..., m, n) with its singular values moved near 1, to between about 0.7 and 1.2, by four steps of Newton-Schulz,
-    X <- a X + b (X X') X + c (X X')^2 X, in bfloat16 where the model multiplies in it."""
+    X <- (a + b S + c S^2) X for S = X X', in bfloat16 where the model multiplies in it. Where m > n, S = X' X is smaller
+    and stands on the right."""
     dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
+    m, n = x.shape[-2:]
     # CPUs multiply in bfloat16 only what lies row by row in memory, the rest in float32 (0.63)
     flip = lambda x: jax.lax.optimization_barrier(x.mT) if on_cpu and dtype == 'bfloat16' else x.mT
-    if x.shape[-2] > x.shape[-1]:
+    if on_cpu and m > n:
         return orthogonalize(flip(x), dtype, on_cpu).mT
     out_dtype = 'float32' if on_cpu else dtype  # chips write and read half as much between the products
     product = lambda x, y: jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=out_dtype)
-    gram = lambda x: product(x, flip(x.astype(dtype)))
+    times = lambda s, x: product(s, x) if m <= n else product(x, s)
+    square = lambda x: times(x, flip(x.astype(dtype)))  # X X', or X' X
     a, b, c = 3.4445, -4.7750, 2.0315
-    xx = gram(x)
-    # no singular value is larger than sqrt(|X X'|); the looser bound |X| would cost a step
-    norm = jnp.sqrt(jnp.linalg.norm(xx.astype('float32'), axis=(-2, -1), keepdims=True)) + 1e-7
-    x, xx = (x / norm).astype(out_dtype), (xx / norm**2).astype(out_dtype)
+    x = x.astype(out_dtype)
+    s = square(x)
+    # no singular value is larger than sqrt(|S|); the looser bound |X| would cost a step
+    norm = jnp.sqrt(jnp.linalg.norm(s.astype('float32'), axis=(-2, -1), keepdims=True)) + 1e-7
+    x, s = (x / norm).astype(out_dtype), (s / norm**2).astype(out_dtype)
     for i in range(4):
         if i > 0:
-            xx = gram(x)
-        x = a * x + product(b * xx + c * product(xx, xx), x)
+            s = square(x)
+        s = b * s + c * product(s, s)
+        if on_cpu:
+            x = a * x + times(s, x)
+        else:  # S is at most as large as X, so chips add a to it, and X is written once
+            x = times(a * jnp.eye(min(m, n), dtype=dtype) + s, x)
     return x
 
 
@@ -113,8 +121,8 @@ def direction(us, vs, beta2, setup):
     """The updates of some weights (m, n) or (m, k, n), all of one shape, and their new averages of squares."""
     config, mesh = setup.config, setup.mesh
     turn = functools.partial(orthogonalize, dtype=config.dtype, on_cpu=config.kernels in ('cpu', 'cpus'))
-    u, v = jnp.stack(us), jnp.stack(vs)  # (L, m, k, n) and (L, k, n), or without k
-    x = u if u.ndim == 3 else u.swapaxes(1, 2).reshape(-1, u.shape[1], u.shape[3])  # a stack of matrices
+    parts = [part for u in us for part in (jnp.unstack(u, axis=1) if u.ndim == 3 else [u])]
+    x, v = jnp.stack(parts), jnp.stack(vs)  # a stack of matrices (L k, m, n), and (L, k, n) or (L, n)
     if config.kernels == 'cpu':
         x = jnp.stack([turn(matrix) for matrix in x])
     elif mesh is None:
@@ -122,7 +130,7 @@ def direction(us, vs, beta2, setup):
     else:  # each device orthogonalizes its part of the stack, and sends the result to the others
         divide = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
         x = divide(turn(divide(x, mesh.axis_names)))
-    x = x.reshape(len(u), -1, *x.shape[1:]).swapaxes(1, 2).reshape(u.shape).astype('float32')
+    x = x.reshape(len(us), -1, *x.shape[1:]).swapaxes(1, 2).reshape(-1, *us[0].shape).astype('float32')
     v = beta2 * v + (1 - beta2) * (x * x).mean(1)
     x = x / (jnp.sqrt(v[:, None]) + 1e-8)
     x = 0.2 * x / (jnp.sqrt((x * x).mean([*range(1, x.ndim)], keepdims=True)) + 1e-8)

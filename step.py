@@ -232,6 +232,15 @@ def next_loss_scale(scale, age, finite):
     return jnp.where(finite, grown, jnp.maximum(scale / 2, 1))
 
 
+def norm_of(grads, config):
+    """The norm of all gradients together. A GPU sums up an array in two kernels and its rows in one, so there the norms
+    of rows come first: 72 kernels less of 490 in a step of 124M."""
+    if config.kernels not in ('gpu', 'cudnn'):
+        return optax.tree.norm(grads)
+    norms = [jnp.linalg.norm(grad, axis=-1).ravel() if grad.ndim > 1 else grad for grad in jax.tree.leaves(grads)]
+    return jnp.linalg.norm(jnp.concatenate(norms))
+
+
 def update_if(finite, updated, old, config):
     """updated(*old) if the gradient is finite, else the old values. CPUs branch, because a select keeps both in memory
     (0.4 GB for 124M). Elsewhere select, because TPUs copy the arrays of a branch to another layout (0.86)."""
@@ -248,7 +257,7 @@ def train_step(state, tokens, lr, key, setup):
     params, base, opt_state, scale = (state[name] for name in ('params', 'base', 'opt_state', 'loss_scale'))
     key = jax.random.fold_in(key, state['step'])  # every step has dropout of its own
     loss, grads = loss_and_grads(params, base, tokens, scale, key, setup)
-    grad_norm = optax.tree.norm(grads)
+    grad_norm = norm_of(grads, setup.config)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     def updated(params, opt_state):
