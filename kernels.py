@@ -382,9 +382,9 @@ MADE_FOR = {'linear': '773fbda027800a45',
             'rms_norm': '62ed0168f4d65bb7',
             'gelu': '7ebe822ee050d2c4',
             'swiglu': '940ba8266f6688b1',
-            'dropout': 'ab4a5224bbb4d4d0',
-            'attention': '8524060973847707',
-            'attention_with_cache': 'c87b296c6533f014',
+            'dropout': 'a60f7e5f51df0a4a',
+            'attention': 'c1601f34ffa714b7',
+            'attention_with_cache': 'e5e86ca1e99d0f47',
             'cross_entropy': '062dc6ba49654119'}
 
 

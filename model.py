@@ -58,11 +58,8 @@ class GPTConfig:
 
     @property
     def mlp_width(self):
-        if self.n_inner:
-            return self.n_inner
-        if self.row['mlp'] == 'gelu':
-            return 4 * self.n_embd
-        return -(-8 * self.n_embd // 96) * 32  # 8/3 n_embd, rounded up to a multiple of 32
+        swiglu = -(-8 * self.n_embd // 96) * 32  # 8/3 n_embd, rounded up to a multiple of 32
+        return self.n_inner or {'gelu': 4 * self.n_embd, 'swiglu': swiglu}[self.row['mlp']]
 
     @property
     def activation_dtype(self):
@@ -161,8 +158,7 @@ def dropout(x, rate, key):
     """x / (1 - rate) where it is kept, which has the probability 1 - rate, else 0. Without a key, x."""
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
 def rotary_angles(pos, T, hs, theta):
@@ -400,9 +396,8 @@ class GPT(nnx.Module):
         whole context anew for every token, as nanoGPT does; engine.py writes the same much faster."""
         idx, T = jnp.asarray(idx, jnp.int32), self.config.block_size
         for i in range(max_new_tokens):
-            context = idx[:, -T:]
-            n = context.shape[1]
-            window = jnp.pad(context, ((0, 0), (0, T - n)))  # always as long, so that it compiles once
+            n = min(idx.shape[1], T)
+            window = jnp.pad(idx[:, -T:], ((0, 0), (0, T - n)))  # always as long, so that it compiles once
             key = jax.random.fold_in(jax.random.key(seed), i)
             token = sample_token(self.next_logits(window, n)[:, :n_vocab], key, temperature, top_k, top_p)
             idx = jnp.concatenate([idx, token[:, None]], 1)

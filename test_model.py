@@ -162,6 +162,7 @@ def numpy_qwen3(tensors, hf_config, idx):
 ARCHES = pytest.mark.parametrize('config', [TINY, MODERN], ids=lambda config: config.arch)
 
 
+@pytest.mark.quick
 @ARCHES
 def test_a_token_never_sees_the_future(config):
     idx, model = tokens(1, 16), tiny_model(config)
@@ -173,6 +174,7 @@ def test_a_token_never_sees_the_future(config):
         assert np.abs(before[:, t] - after[:, t]).max() > 1e-3
 
 
+@pytest.mark.quick
 def test_a_new_model_guesses_uniformly():
     for V in (65, 50304):
         config = dataclasses.replace(TINY, vocab_size=V)
@@ -180,6 +182,7 @@ def test_a_new_model_guesses_uniformly():
         assert abs(loss - math.log(V)) < 0.05
 
 
+@pytest.mark.quick
 @ARCHES
 def test_initial_values_have_the_standard_deviations_of_gpt2(config):
     config = dataclasses.replace(config, block_size=128, vocab_size=500, n_layer=3, n_head=4, n_embd=128)
@@ -230,6 +233,7 @@ def test_dropout_is_another_one_at_each_step_and_micro_batch():
     assert loss(3, row) != loss(3, row.repeat(2, axis=0))
 
 
+@pytest.mark.quick
 def test_a_bad_config_is_refused():
     for bad in (dict(arch='llama'), dict(n_inner=-1), dict(rope_theta=0.0), dict(n_head=3), dict(n_layer=0),
                 dict(dropout=1.0), dict(dropout=-0.1), dict(dtype='float64'),
@@ -279,6 +283,7 @@ def gpt2_files(folder, config, prefix='transformer.', parts=1, dtype=np.float32,
     return unflatten_mapping({key(name): x.astype(np.float32) for name, x in weights.items()})
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize('shape, files', [
     (dict(), dict()),
     (dict(n_layer=3, n_head=4, n_embd=48, vocab_size=101, block_size=24), dict(prefix='', old_names=False)),
@@ -370,6 +375,7 @@ def qwen3_files(folder, config, **changes):
     return files['config.json']
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize('shape', [dict(), dict(n_layer=3, n_head=4, n_embd=48, n_inner=40, rope_theta=50.0)], ids=str)
 def test_a_qwen3s_files_give_the_logits_of_a_numpy_forward_pass_and_come_back_bit_for_bit(tmp_path, shape):
     config, idx = dataclasses.replace(MODERN, **shape), tokens(3, 11)
@@ -458,6 +464,7 @@ def test_lora_trains_its_adapters_and_nothing_else():
     assert flops(LORA, first) < flops(TINY, init_state(TINY, tx, 0))  # no gradient of the base is made
 
 
+@pytest.mark.quick
 def test_merged_adapters_give_the_logits_of_the_adapters():
     _, last, _ = lora_trained()
     params, idx = lora.join(last['params'], last['base']), tokens(3, 16)
@@ -577,6 +584,7 @@ def test_what_is_compiled_ahead_and_with_less_effort_computes_the_same(monkeypat
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), new['params'], expected['params'])
 
 
+@pytest.mark.quick
 def test_gradients_are_clipped_by_their_global_norm_and_only_matrices_decay():
     params = jax.tree.map(np.ones_like, init_params(TINY, 0))
     tx = make_optimizer(0.9, 0.99, 0.1, 1.0)
@@ -591,6 +599,7 @@ def test_gradients_are_clipped_by_their_global_norm_and_only_matrices_decay():
     assert abs(norm - 0.1) < 1e-3  # (1 - beta1) times a gradient of norm 1
 
 
+@pytest.mark.quick
 def test_muon_moves_every_direction_and_every_output_alike_and_as_far_as_adamw_does():
     params = params_of(tiny_model(MODERN))
     grads = jax.tree.map(lambda x: normal(*x.shape) * np.linspace(0.1, 1, len(x)).reshape(-1, *[1] * (x.ndim - 1)),
@@ -633,6 +642,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(kernels):
     assert (after['params']['wpe']['weight'] != bad['params']['wpe']['weight']).any()
 
 
+@pytest.mark.quick
 def test_the_loss_scale_of_float16_finds_its_height():
     config, tx = dataclasses.replace(SMALL, dtype='float16'), make_optimizer(0.9, 0.99, 0.1, 1.0)
     state, batch = init_state(config, tx, 0) | {'loss_scale': jnp.float32(2**30)}, tokens(1, 4, 17)
@@ -648,6 +658,7 @@ def test_the_loss_scale_of_float16_finds_its_height():
     close(half['opt_state'][1].mu, exact['opt_state'][1].mu, 1e-3)
 
 
+@pytest.mark.quick
 def test_the_learning_rate_follows_nanogpt_at_its_corners():
     at = lambda it: get_lr(it, learning_rate=1e-3, warmup_iters=100, lr_decay_iters=1000, min_lr=1e-4)
     assert at(0) == pytest.approx(1e-3 / 101) and at(99) == pytest.approx(1e-3 * 100 / 101)
@@ -672,6 +683,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     assert batch.shape == (2, 3, 9) and (np.diff(batch) == 1).all() and (batch[..., 0] == at(1, 5)).all()
 
 
+@pytest.mark.quick
 def test_an_epoch_sees_every_part_of_the_data():
     data, T = np.zeros(100_000), 100
     starts = np.concatenate([train_starts(data, (1, 10), T, seed=3, step=step) for step in range(100)]).ravel()
@@ -684,11 +696,13 @@ def test_an_epoch_sees_every_part_of_the_data():
         assert train_starts(data, (1, 10**5), T, 0, step).max() <= len(data) - T - 1
 
 
+@pytest.mark.quick
 def test_an_evaluation_looks_at_the_whole_split():
     starts = eval_starts(np.zeros(1000), (2, 5), 9)
     assert starts.ravel()[0] == 0 and starts.ravel()[-1] == 990 and (np.diff(starts.ravel()) == 110).all()
 
 
+@pytest.mark.quick
 def test_micro_batches_hold_what_a_device_can_take():
     assert micro_batches(40 * 12, 12, 1) == (40, 12)
     assert micro_batches(40 * 12, 12, 8) == (5, 96)
@@ -834,6 +848,7 @@ def greedy_without_cache(model, idx, n):
     return np.asarray(build(plain, params_of(model)).generate(idx, n, temperature=0))
 
 
+@pytest.mark.quick
 @ARCHES
 @pytest.mark.parametrize('prompt', [1, 5, 16])
 def test_greedy_text_is_the_same_with_and_without_the_cache(prompt, config):
@@ -843,6 +858,7 @@ def test_greedy_text_is_the_same_with_and_without_the_cache(prompt, config):
     assert (cached == greedy_without_cache(writer(config), idx, n)).all()
 
 
+@pytest.mark.quick
 @ARCHES
 def test_text_goes_on_beyond_the_context(config):
     """When the window of 16 is full, its last 8 tokens are read again as a prompt."""
@@ -876,6 +892,7 @@ def test_text_depends_on_the_key_and_not_on_how_it_is_chunked():
     assert (whole != generate(writer(), idx, 30, key=jax.random.key(1))).any()
 
 
+@pytest.mark.quick
 def test_a_plain_model_writes_by_itself_what_nanogpts_loop_writes():
     """Without a cache; when the context is full, it moves on by one token at a time."""
     model, idx = tiny_model(), tokens(2, 4)
@@ -891,6 +908,7 @@ def test_a_plain_model_writes_by_itself_what_nanogpts_loop_writes():
     assert generate(model, idx[:1], 12, temperature=0, key=KEY, eot=ends).shape == (1, first + 1)
 
 
+@pytest.mark.quick
 def test_text_stops_at_the_end_of_text():
     idx = tokens(4, 3)
     free = np.asarray(generate(writer(), idx, 12, key=KEY))
@@ -907,6 +925,7 @@ def test_text_stops_at_the_end_of_text():
     assert sum(part.shape[1] for part in one) == 1  # nothing is made after every row has ended
 
 
+@pytest.mark.quick
 def test_top_k_and_top_p_leave_the_likeliest():
     logits = jnp.log(jnp.array([[0.1, 0.4, 0.05, 0.25, 0.2]]).repeat(4000, axis=0))
     share = lambda *how: np.bincount(sample_token(logits, KEY, *how), minlength=5) / 4000
@@ -918,6 +937,7 @@ def test_top_k_and_top_p_leave_the_likeliest():
     np.testing.assert_allclose(share(0.5, 200, 1.0), np.array([0.01, 0.16, 0.0025, 0.0625, 0.04]) / 0.275, atol=0.03)
 
 
+@pytest.mark.quick
 def test_padded_rows_of_the_vocabulary_are_never_written():
     idx = tokens(8, 3, V=5)
     assert generate(writer(), idx, 20, key=KEY, temperature=5.0, n_vocab=5).max() < 5
@@ -927,6 +947,7 @@ def test_padded_rows_of_the_vocabulary_are_never_written():
 # text, and counting FLOPs
 
 
+@pytest.mark.quick
 def test_the_character_tokenizer_returns_what_it_was_given():
     encode, decode, eot = tokenizer({'kind': 'char', 'chars': '\nabé'})
     assert encode('é\nab') == [3, 0, 1, 2] and decode([3, 0, 1, 2]) == 'é\nab' and eot is None
