@@ -47,9 +47,10 @@ from chips import CHIPS, COLLECTIVES, REACHED, add_up, open_topology, read_kerne
 from dataset import dataset_name, load_batch, micro_batches, open_dataset, padded, train_starts
 from devices import best_dtype, choose_kernels, find_devices, make_mesh, memory_errors, memory_use, peak_flops
 from engine import generate
-from model import GPTConfig, build, flops_per_token, init_params, num_params
+from model import GPTConfig, build, init_params
 from optim import make_optimizer
-from step import Setup, abstract_state, batch_sharding, compile_step, estimate_mfu, lower_step, state_creator
+from step import (Setup, abstract_state, batch_sharding, compile_step, estimate_mfu, flops_per_token, lower_step,
+                  num_params, state_creator)
 
 
 def dataset_or_none():

@@ -1,7 +1,6 @@
 """
-Chips that you don't have: `python bench.py --mode=compile --topology=v5e:2x4` compiles a step for them and says what it
-will cost. JAX's compilers for TPUs (libtpu) and NVIDIA GPUs (the CUDA plugin) are Python packages and run on any Linux
-machine. Given the description of a chip, they make the very program that it would run. This file reads it.
+Chips that you don't have: `python bench.py --mode=compile --topology=v5e:2x4` says what a step will cost on them. JAX's
+compilers for TPUs (libtpu) and NVIDIA GPUs (the CUDA plugin) run on any Linux machine and make a chip's own program.
 """
 import math
 import os
