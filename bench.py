@@ -22,9 +22,8 @@ json = False  # one line of JSON instead of a table
 seconds = 10.0  # how long to measure each thing, once it is warm
 vocab_size = 0  # 0: the dataset's if it is prepared, else GPT-2's
 large_batch = 64  # sample: the batch beside 1
-# compile: needs requirements-chips.txt
-topology = ''  # the chips: 'h100:8', 'v5e:2x4', 'v5p:4x4x4', ...
-largest_batch = False  # also find the largest batch_size that fits: some more compilations
+topology = ''  # compile: the chips, 'h100:8', 'v5e:2x4', 'v5p:4x4x4', ... Needs requirements-chips.txt
+largest_batch = False  # compile: also find the largest batch_size that fits, by some more compilations
 exec(open(os.path.join(_here, 'configurator.py'), encoding='utf-8').read())
 # -----------------------------------------------------------------------------
 
@@ -32,7 +31,6 @@ check(mesh_data=(-1, 10**5), mesh_tensor=(1, 10**5), batch_size=(1, 10**6), grad
       seconds=(0, 10**5), vocab_size=(0, 2**24), large_batch=(1, 10**5), mode=('train', 'sample', 'data', 'compile'),
       kernels=('', 'plain'))
 
-import tempfile
 from dataclasses import fields, replace
 
 import jax
@@ -45,13 +43,14 @@ try:
 except ImportError:  # on Windows
     resource = None
 
-from chips import CHIPS, COLLECTIVES, REACHED, Module, UnknownText, add_up, open_topology
+from chips import CHIPS, COLLECTIVES, REACHED, add_up, open_topology, read_kernels
 from dataset import dataset_name, load_batch, micro_batches, open_dataset, padded, train_starts
 from devices import best_dtype, choose_kernels, find_devices, make_mesh, memory_errors, memory_use, peak_flops
 from engine import generate
-from model import GPTConfig, build, flops_per_token, init_params, num_params
+from model import GPTConfig, build, init_params
 from optim import make_optimizer
-from step import Setup, abstract_state, batch_sharding, compile_step, estimate_mfu, lower_step, state_creator
+from step import (Setup, abstract_state, batch_sharding, compile_step, estimate_mfu, flops_per_token, lower_step,
+                  num_params, state_creator)
 
 
 def dataset_or_none():
@@ -71,18 +70,11 @@ def model_config(devices):
         return choose_kernels(GPTConfig(**args), devices, flash, kernels)[0]
 
 
-def mesh_and_shape(devices, data, tensor):
-    """The mesh, and the (G, B) of an iteration's sequences on it."""
-    with refuse(ValueError):
-        mesh = make_mesh(devices, data, tensor)
-        n = gradient_accumulation_steps * batch_size
-        return mesh, micro_batches(n, batch_size, mesh.shape['data'])
-
-
 def make_setup(devices):
     """The Setup of the keys on these devices, and the (G, B) of an iteration's sequences."""
-    mesh, shape = mesh_and_shape(devices, mesh_data, mesh_tensor)
     with refuse(ValueError):
+        mesh = make_mesh(devices, mesh_data, mesh_tensor)
+        shape = micro_batches(gradient_accumulation_steps * batch_size, batch_size, mesh.shape['data'])
         tx = make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer)
     return Setup(model_config(devices), tx, mesh, fsdp), shape
 
@@ -126,28 +118,21 @@ def train():
     setup, shape = make_setup(devices)
     config = setup.config
     abstract = abstract_state(setup)
-    compile_times = []
-    folder = tempfile.TemporaryDirectory()  # a compilation cache of its own: at first it is empty
-    jax.config.update('jax_compilation_cache_dir', folder.name)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-    for _ in range(2):
-        jax.clear_caches()
-        t = time.perf_counter()
-        step = compile_step(setup, abstract, shape)
-        compile_times.append(time.perf_counter() - t)
+    t = time.perf_counter()
+    step = compile_step(setup, abstract, shape)
+    compile_s = time.perf_counter() - t
     state = state_creator(setup, 0, abstract)()
     text = np.random.default_rng(0).integers(config.vocab_size, size=10**6).astype(np.uint16)
     key = jax.random.key(0)
-    n = 0
+    steps = iter(range(10**12))
     metrics = None
 
     def run():
-        nonlocal state, n, metrics
-        starts = train_starts(text, shape, block_size, 0, n)
+        nonlocal state, metrics
+        starts = train_starts(text, shape, block_size, 0, next(steps))
         tokens = load_batch(text, starts, block_size, config.vocab_size, batch_sharding(setup.mesh))
         before = metrics
         state, metrics = step(state, tokens, 1e-4, key)
-        n += 1
         return before  # as train.py, wait for the iteration before while the devices work on this one
 
     [times] = measure(run)
@@ -158,10 +143,9 @@ def train():
     peak_gb = peak_memory(devices[0]) / 1e9  # before gemm_flops() needs memory, too
     return dict(parameters=n_params, devices=f'{len(devices)} x {devices[0].device_kind}', dtype=config.dtype,
                 tokens_per_iteration=tokens, ms=1e3 * median, ms_10_percent=1e3 * low, ms_90_percent=1e3 * high,
-                iterations=len(times), tokens_per_s=tokens / median, tflops=flops / 1e12,
+                iterations=len(times), tokens_per_s=tokens / median, tflops=flops / 1e12, compile_s=compile_s,
                 share_of_peak=estimate_mfu(config, n_params, 0, tokens / median, devices),
-                share_of_gemm=flops / (gemm_flops(config.dtype) * len(devices)), compile_s=compile_times[0],
-                compile_from_cache_s=compile_times[1], peak_memory_gb=peak_gb)
+                share_of_gemm=flops / (gemm_flops(config.dtype) * len(devices)), peak_memory_gb=peak_gb)
 
 
 def sample():
@@ -194,106 +178,67 @@ def data():
     tokens, meta = dataset_or_none()
     if tokens is None:
         fail(f'dataset = {dataset!r} is not prepared')
-    mesh, shape = mesh_and_shape(find_devices(device), -1, 1)
+    setup, shape = make_setup(find_devices(device))
     text = tokens['train']
     steps = iter(range(10**12))
     starts = lambda: train_starts(text, shape, block_size, 0, next(steps))
-    [times] = measure(lambda: load_batch(text, starts(), block_size, meta['vocab_size'], batch_sharding(mesh)))
+    [times] = measure(lambda: load_batch(text, starts(), block_size, meta['vocab_size'], batch_sharding(setup.mesh)))
     sequences_per_s = shape[0] * shape[1] / np.median(times)
-    return dict(dataset=dataset, batch=list(shape), block_size=block_size, ms=1e3 * np.median(times),
+    return dict(dataset=dataset, batch=shape, block_size=block_size, ms=1e3 * np.median(times),
                 sequences_per_s=sequences_per_s, tokens_per_s=sequences_per_s * block_size)
 
 
 def compile_for_chips():
-    """Whether a step fits the chips of a topology, and what it will cost there: the real compiler compiles it, nothing
-    runs."""
+    """Whether a step fits the chips of a topology, and what it costs there: their compiler says so, nothing runs."""
     with refuse(ValueError):
         devices = open_topology(topology)
-    chip = CHIPS[topology.partition(':')[0]]
     setup, shape = make_setup(devices)
-    mesh = setup.mesh
     state = abstract_state(setup)
+    chip = CHIPS[topology.partition(':')[0]]
+    usable = chip.gib * (0.75 if chip.bandwidth else 1)  # JAX takes that of a GPU (XLA_PYTHON_CLIENT_MEM_FRACTION)
 
     def compile(batch):
-        """(program or None, GiB it needs or why it does not fit) for micro-batches of batch sequences a device."""
-        print(f'compiling for {topology} with {batch} sequences a device: this takes from 10 s to 10 minutes',
-              file=sys.stderr, flush=True)
+        """(program, what it needs) for micro-batches of `batch` sequences a device."""
+        print(f'compiling for {topology}, {batch} sequences a device: 10 s to 10 minutes', file=sys.stderr, flush=True)
         try:
             with memory_errors():
-                program = lower_step(setup, state, (shape[0], batch * mesh.shape['data'])).compile()
+                program = lower_step(setup, state, (shape[0], batch * setup.mesh.shape['data'])).compile()
         except MemoryError as e:  # TPUs' compiler refuses; the CUDA one does not
-            return None, str(e)
-        parts = memory_use(program) | {'program': program.memory_analysis().generated_code_size_in_bytes}
-        return program, {name: size / 2**30 for name, size in parts.items()}
-
-    def fits(batch):
-        program, parts = compile(batch)
-        return program is not None and sum(parts.values()) <= chip.usable_gib
+            return None, dict(fits=False, reason=str(e))
+        parts = {f'gib_{name}': size / 2**30 for name, size in memory_use(program).items()}
+        gib = sum(parts.values())
+        return program, dict(fits=gib <= usable, gib_there_are=usable, gib=gib, **parts)
 
     t = time.perf_counter()
-    batch = shape[1] // mesh.shape['data']
-    program, parts = compile(batch)
-    result = dict(fits=program is not None and sum(parts.values()) <= chip.usable_gib, topology=topology,
-                  device=devices[0].device_kind, mesh=dict(mesh.shape), fsdp=fsdp, dtype=setup.config.dtype,
-                  kernels=setup.config.kernels, parameters=num_params(state['params']), micro_steps=shape[0],
-                  batch=batch, compile_s=time.perf_counter() - t, gib_there_are=chip.usable_gib)
-    if program is None:
-        return result | dict(reason=parts)
-    with refuse(UnknownText):
-        found = Module(program.as_text()).kernels(mesh.size)
-    peak = peak_flops(devices[:1]) / (2 if setup.config.dtype == 'float32' else 1)  # float32 runs as TF32
-    kinds = add_up(found, chip, peak, lambda kernel: kernel.kind)
-    sending = [row['ms'] for kind, row in kinds.items() if kind in COLLECTIVES]
-    result |= dict(gib=sum(parts.values()), gib_of=parts, kinds=kinds, peak_tflops=peak / 1e12,
-                   bandwidth_gb_per_s=chip.bandwidth, ghz=chip.ghz, sending_ms=sum(sending),
-                   computing_ms=sum(row['ms'] for row in kinds.values()) - sum(sending),
-                   largest=add_up(found, chip, peak, lambda kernel: f'{kernel.kind} {kernel.what:.80}', 10))
+    batch = shape[1] // setup.mesh.shape['data']
+    program, needs = compile(batch)
+    result = needs | dict(parameters=num_params(state['params']), mesh=dict(setup.mesh.shape),
+                          dtype=setup.config.dtype, kernels=setup.config.kernels, micro_steps=shape[0],
+                          sequences_a_device=batch, compile_s=time.perf_counter() - t)
     if largest_batch:
-        low, high = (batch, 2 * batch) if result['fits'] else (0, batch)
-        while result['fits'] and fits(high):
+        low, high = (batch, 2 * batch) if needs['fits'] else (0, batch)
+        while needs['fits'] and compile(high)[1]['fits']:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
+            low, high = (middle, high) if compile(middle)[1]['fits'] else (low, middle)
         result['largest_batch'] = low
+    if program is not None:
+        with refuse(ValueError):
+            found = read_kernels(program.as_text())
+        peak = peak_flops(devices[:1]) / (2 if setup.config.dtype == 'float32' else 1)  # float32 runs as TF32
+        kinds = add_up(found, chip, peak, lambda kernel: kernel.kind)
+        result |= dict(predicted_from=f'{REACHED} of the peak' if chip.bandwidth else f'cycles at {chip.ghz} GHz',
+                       computing_ms=sum(row['ms'] for row in kinds if row['what'] not in COLLECTIVES), kinds=kinds,
+                       largest=add_up(found, chip, peak, lambda kernel: f'{kernel.kind} {kernel.what:.80}')[:10])
     return result
-
-
-def print_compiled(r):
-    print(f"{'fits' if r['fits'] else 'does not fit'}: {r['parameters'] / 1e6:.0f}M parameters on {topology}, mesh "
-          f"{r['mesh']}, fsdp={fsdp}, {r['dtype']}, kernels={r['kernels']!r}: {r['micro_steps']} micro-steps of "
-          f"{r['batch']} sequences of {block_size} tokens a device, compiled in {r['compile_s']:.0f} s")
-    if 'largest_batch' in r:
-        print(f"the largest batch_size that fits: {r['largest_batch']}")
-    if 'gib' not in r:
-        print(f"the compiler says: {r['reason']}")
-        return
-    parts = ', '.join(f"{name.replace('_', ' ')} {gib:.2f}" for name, gib in r['gib_of'].items())
-    print(f"memory: {r['gib']:.2f} of {r['gib_there_are']:.4g} GiB a device ({parts})")
-    is_gpu = r['bandwidth_gb_per_s'] > 0
-    for title, rows in (('an iteration', r['kinds']), ('its largest instructions', r['largest'])):
-        print(f"\n{'kernels':>8} {'GB':>8} {'TFLOP' if is_gpu else 'Mcycles':>8} {'ms':>8}  {title}")
-        for name, row in rows.items():
-            work = row['tflop' if is_gpu else 'mcycles']
-            print(f"{row['kernels']:8} {row['gb']:8.2f} {work:8.2f} {row['ms']:8.2f}  {name}")
-    mcycles = sum(row['mcycles'] for row in r['kinds'].values())
-    how = f"{mcycles:,.1f}M cycles at {r['ghz'] or 'an unknown number of'} GHz"
-    if is_gpu:
-        matmul, attention, other = (f'{share:.0%}' for share in REACHED.values())
-        how = (f"matmuls at {matmul}, attention at {attention} of {r['peak_tflops']:.0f} TFLOP/s, the rest at {other} "
-               f"of {r['bandwidth_gb_per_s']} GB/s")
-    print(f"\npredicted, not measured: {r['computing_ms']:,.1f} ms of computing ({how})\n"
-          f"and {r['sending_ms']:,.1f} ms of sending, some of it meanwhile")
 
 
 result = {'train': train, 'sample': sample, 'data': data, 'compile': compile_for_chips}[mode]()
 if json:
     print(json_module.dumps(result))
-elif mode == 'compile':
-    print_compiled(result)
 else:
     for key, value in result.items():
-        if key != 'rows':
-            print(f'{key:22} {value:,.4g}' if isinstance(value, float) else f'{key:22} {value}')
-    for row in result.get('rows', []):
-        print('  '.join(f'{key} {value:,.4g}' for key, value in row.items()))
+        rows = value if isinstance(value, list) else [{f'{key:22}': value}]
+        for row in rows:
+            print('  '.join(f'{name} {x:<6,.4g}' if isinstance(x, float) else f'{name} {x}' for name, x in row.items()))

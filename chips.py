@@ -1,15 +1,11 @@
 """
-Chips that you don't have: compiles a step for them, and reads what their compilers say about it.
-
-JAX's compilers for TPUs (libtpu) and NVIDIA GPUs (the CUDA plugin) are Python packages and run on any Linux machine.
-Given the description of a chip, they make the very program that it would run.
-`python bench.py --mode=compile --topology=v5e:2x4` is how you use this file.
+Chips that you don't have: `python bench.py --mode=compile --topology=v5e:2x4` says what a step will cost on them. JAX's
+compilers for TPUs (libtpu) and NVIDIA GPUs (the CUDA plugin) run on any Linux machine and make a chip's own program.
 """
 import math
 import os
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import jax
@@ -18,28 +14,19 @@ from jax.experimental.topologies import get_topology_desc
 
 class Chip(NamedTuple):
     """A device, from its maker's data sheets. A device of a TPU v2, v3 or 7x is half a chip."""
-    gib: float  # of memory. JAX takes three quarters of a GPU's (XLA_PYTHON_CLIENT_MEM_FRACTION)
+    gib: float  # of memory
     link: int  # GB/s that it can send along a ring
     ghz: float | None  # the clock, of a TPU's matrix units
-    # for GPUs alone
-    bandwidth: int = 0  # GB/s of the memory
+    bandwidth: int = 0  # GB/s of the memory; this and what follows is for GPUs alone
     capability: int = 0  # NVIDIA's compute capability
     cores: int = 0  # streaming multiprocessors
-    float32_units: int = 128  # in each of them
     shared_kib: int = 228  # of shared memory in each
-    l2_mib: float = 50
-
-    @property
-    def usable_gib(self):
-        return 0.75 * self.gib if self.bandwidth else self.gib
 
 
 CHIPS = {'v2': Chip(8, 60, 0.7), 'v3': Chip(16, 80, 0.94), 'v4': Chip(32, 90, 1.05), 'v5e': Chip(15.75, 90, 1.5),
          'v5p': Chip(95, 180, 1.75), 'v6e': Chip(31.25, 180, None), 'tpu7x': Chip(96, 200, None),
-         'a100': Chip(79.3, 270, 1.41, 2039, 8, 108, float32_units=64, shared_kib=164, l2_mib=40),
-         'h100': Chip(79.1, 400, 1.98, 3352, 9, 132),
-         'h200': Chip(141, 400, 1.98, 4800, 9, 132),
-         'b200': Chip(178.4, 800, 1.965, 7700, 10, 148, l2_mib=126.5)}
+         'a100': Chip(79.3, 270, 1.41, 2039, 8, 108, shared_kib=164), 'h100': Chip(79.1, 400, 1.98, 3352, 9, 132),
+         'h200': Chip(141, 400, 1.98, 4800, 9, 132), 'b200': Chip(178.4, 800, 1.965, 7700, 10, 148)}
 BETWEEN_HOSTS = 50  # GB/s that a GPU sends to another host: InfiniBand NDR
 
 # What a GPU reaches: shares of its peak FLOP/s in matmuls and in attention, and of its memory's bandwidth in all else.
@@ -51,37 +38,33 @@ def target(name, chip):
     """What the CUDA compiler has to know of a GPU, a GpuTargetConfigProto."""
     return f'''
 gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  core_count: {chip.cores} fpus_per_core: {chip.float32_units} clock_rate_ghz: {chip.ghz}
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 l2_cache_size: {50 * 2**20}
+  core_count: {chip.cores} fpus_per_core: 128 clock_rate_ghz: {chip.ghz}
   shared_memory_per_block: 49152 shared_memory_per_block_optin: {(chip.shared_kib - 1) * 2**10}
-  shared_memory_per_core: {chip.shared_kib * 2**10} l2_cache_size: {int(chip.l2_mib * 2**20)}
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_core: {chip.shared_kib * 2**10} registers_per_core_limit: 65536 registers_per_block_limit: 65536
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   memory_bandwidth: {chip.bandwidth * 10**9} device_memory_size: {int(chip.gib * 2**30)}
   cuda_compute_capability {{ major: {chip.capability} }}
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 }}
-runtime_version {{ major: 12 minor: 9 }}
+dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 9 }}
 device_description_str: "NVIDIA {name.upper()}"
 '''
 
 
 def open_topology(name):
-    """The devices of a topology such as 'v5e:2x4', 'v5p:4x4x4' or 'h100:8', to compile for. Call it before JAX does
-    anything else. Raises ValueError."""
+    """The devices of a topology such as 'v5e:2x4' or 'h100:8'. Call it before JAX does anything. Raises ValueError."""
     chip, _, shape = name.partition(':')
     if chip not in CHIPS or not re.fullmatch(r'\d+(x\d+)*', shape):
         raise ValueError(f"topology = {name!r}: must be a chip and its number, such as 'h100:8', 'v5e:2x4' or "
                          f"'v5p:4x4x4'; the chips are {', '.join(CHIPS)}")
-    is_gpu = CHIPS[chip].bandwidth > 0
     # ask for no device but the CPU, and let libtpu neither look for a TPU nor talk about it
     jax.config.update('jax_platforms', 'cpu')
     os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
                    'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'TPU_WORKER_HOSTNAMES': 'localhost',
                    'TPU_STDERR_LOG_LEVEL': '3', 'TPU_MIN_LOG_LEVEL': '3', 'TF_CPP_MIN_LOG_LEVEL': '3'}
     try:
-        if not is_gpu:
+        if not CHIPS[chip].bandwidth:
             more = {'chip_config_name': 'megacore'} if chip == 'v4' else {}
             return get_topology_desc(platform='tpu', topology_name=name, **more).devices
         n = math.prod(int(d) for d in shape.split('x'))
@@ -89,223 +72,190 @@ def open_topology(name):
         return get_topology_desc(platform='cuda', topology_name='', target_config=target(chip, CHIPS[chip]),
                                  topology=f'1x{hosts}x{n // hosts}').devices
     except Exception as e:  # the plugins raise all kinds
-        package = 'jax-cuda13-plugin nvidia-cudnn-cu13' if is_gpu else 'libtpu'
         reason = str(e).splitlines()[0][:200]
-        raise ValueError(f'topology = {name!r}: {reason}. The compilers for chips are in requirements-chips.txt '
-                         f'(this one is {package})') from None
-
+        raise ValueError(f'topology = {name!r}: {reason}. The compilers are in requirements-chips.txt') from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # a compiled module's text
 
-COLLECTIVES = {'all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute',
-               'collective-broadcast', 'ragged-all-to-all'}
-# what names the computations that an instruction runs
-CALLS = {'while': 'body', 'call': 'to_apply', 'fusion': 'calls', 'async-start': 'calls',
-         'conditional': 'true_computation|false_computation|branch_computations'}
-# what runs no kernel of its own; nor does what waits for another one to be done
+# What each of n devices sends for a collective, in a ring: this many times the bytes of its result
+COLLECTIVES = {'all-reduce': lambda n: 2 * (n - 1) / n, 'reduce-scatter': lambda n: n - 1,
+               'all-gather': lambda n: (n - 1) / n, 'all-to-all': lambda n: (n - 1) / n,
+               'collective-permute': lambda n: 1, 'collective-broadcast': lambda n: 1}
+# what names the computation that an instruction runs; which one a conditional runs, nobody knows
+CALLS = {'while': 'body', 'call': 'to_apply', 'fusion': 'calls', 'async-start': 'calls', 'conditional': 'unknown'}
 NO_KERNEL = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'after-all', 'partition-id',
-             'replica-id', 'opt-barrier', *CALLS} - {'fusion'}
+             'replica-id', 'opt-barrier', 'async-done', 'while', 'call'}
 VIEWS = {'bitcast', 'reshape', 'convert', 'copy', 'transpose'}  # whoever slices one needs a slice of its operand
 SLICES = {'slice', 'dynamic-slice', 'gather'}
 UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}  # which operand is written into the first
 
 
-class UnknownText(ValueError):
-    """A compiled module says something that this file does not understand: better no count than a wrong one."""
-
-
-class Array(NamedTuple):
-    elements: int
-    bytes: int
-    hbm_bytes: int  # what of it lies in HBM, the memory beside the chip: nothing of a TPU's S(1)
+@dataclass
+class Kernel:
+    kind: str  # 'matmul', 'attention', 'other' or one of COLLECTIVES
+    what: str  # the line of source that it comes from, the operation, and its shape
+    times: int  # how often the loops around it run it; what follows is for each time
+    bytes: float  # that it reads and writes, not counted on TPUs; of a collective, that a device sends
+    group: int = 1  # how many devices take part
+    flops: float = 0  # of matmuls and attention on GPUs
+    cycles: int = 0  # that a TPU's compiler expects
 
 
 @dataclass
 class Instruction:
-    name: str
+    """A line such as '%sum = f32[2,3]{1,0} add(%a, %b), metadata={...}'."""
     shape: str
     op: str
     operands: list[str]
     line: str
-    is_root: bool  # whether it is the result of its computation
 
-    @cached_property
+    @property
     def arrays(self):
-        """The Arrays in its shape, such as '(f32[2,3]{1,0}, bf16[4]{0})'."""
-        found = []
-        for kind, dims, layout in re.findall(r'([\w<=]+)\[([^]]*)\](\{[^}]*\})?', self.shape):
-            bits = re.fullmatch(r'pred|[a-z]+(\d+)\w*', kind)
-            if not bits or not re.fullmatch(r'[\d,]*', dims):
-                raise UnknownText(f'the type {kind}[{dims}] in {self.line.strip()[:100]}')
-            n = math.prod(int(d) for d in dims.split(',') if d)
-            size = n * max(int(bits[1] or 8) // 8, 1)
-            found.append(Array(n, size, 0 if 'S(' in layout else size))
-        return found
+        """(type, dimensions) of each array in its shape, which may be a tuple."""
+        found = re.findall(r'(\w+)\[(.*?)\]', self.shape)
+        return [(kind, [int(d) for d in dims.split(',') if d]) for kind, dims in found]
 
     @property
-    def elements(self):
-        return sum(array.elements for array in self.arrays)
+    def bytes(self):
+        bits = lambda kind: 8 if kind == 'pred' else int(re.search(r'\d+', kind)[0])
+        return sum(bits(kind) * math.prod(dims) for kind, dims in self.arrays) // 8
 
-    @property
-    def hbm_bytes(self):
-        return sum(array.hbm_bytes for array in self.arrays)
-
-    @property
-    def called(self):
-        """The names of the computations that it runs."""
-        how = CALLS.get(self.op, 'nothing')
-        found = re.findall(rf'\b(?:{how})=(%?[\w.-]+|\{{[^}}]*\}})', self.line)
-        return re.findall(r'[\w.-]+', ' '.join(found))
-
-    @property
-    def target(self):
-        """What a custom call calls."""
-        m = re.search(r'custom_call_target="([^"]*)"', self.line)
-        return m[1] if m else ''
+    def find(self, pattern, default=None):
+        """What a pattern finds in its line."""
+        found = re.search(pattern, self.line)
+        return found[1] if found else default
 
 
-@dataclass
-class Kernel:
-    kind: str  # 'matmul', 'attention', 'other' or one of COLLECTIVES
-    times: int  # how often the loops around it run it
-    bytes: float  # that it reads and writes each time; of a collective, that a device sends
-    flops: float  # of matmuls and attention, each time
-    cycles: int  # the TPU compiler's estimate for each time
-    group: int  # how many devices take part
-    what: str  # the line of source that it comes from, the operation, and its shape
+def read_kernels(text):
+    """The Kernels that a device runs, from the text of a compiled module. Raises ValueError where the text says what
+    this file does not understand: better no count than a wrong one."""
+    module = Module()
+    try:
+        module.parse(text)
+        return list(module.kernels(module.entry))
+    except (AttributeError, LookupError, TypeError, ValueError) as e:
+        raise ValueError(f'chips.py cannot read this line of the compiled module: {module.line[:200]}') from e
 
 
 class Module:
-    """A compiled module, from its text."""
-
-    def __init__(self, text):
+    def parse(self, text):
         self.computations = {}  # {name: {name: Instruction}}, in the order in which they run
-        self.tables = {}  # of file names, lines and stack frames: {table: {id: entry}}
-        computation = table = None
-        for line in text.splitlines():
-            if m := re.match(r'(ENTRY )?%?([\w.-]+) .*\{$', line):
+        for self.line in text.splitlines():
+            if m := re.match(r'(ENTRY )?%?([\w.-]+) .*\{$', self.line):
                 computation = self.computations[m[2]] = {}
                 if m[1]:
                     self.entry = computation
-            elif computation is not None and ' = ' in line:
-                m = re.match(r'\s*(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$', line)
-                if not m:
-                    raise UnknownText(f'the instruction {line.strip()[:100]}')
-                operands = re.findall(r'%([\w.-]+)', re.split(r'\), [\w-]+=', m[5])[0])
-                computation[m[2]] = Instruction(m[2], m[3], m[4], operands, line, bool(m[1]))
-            elif re.fullmatch(r'[A-Z]\w+', line):
-                table = self.tables[line] = {}
-            elif table is not None and (m := re.match(r'(\d+) (.*)', line)):
-                fields = re.findall(r'(\w+)=(\d+)', m[2])
-                table[int(m[1])] = {key: int(value) for key, value in fields} or m[2].strip('"')
-
-    def executed(self, computation, times=1, fused=False):
-        """(instruction, its computation, times, fused) of all that a device executes. `times` counts the loops around
-        it, and is None where that is unknown; `fused` says whether it is a part of another instruction."""
-        for i in computation.values():
-            yield i, computation, times, fused
-            trips = self.trips(i) if i.op == 'while' else 1
-            below = times * trips if times and trips else None
-            for callee in i.called:
-                yield from self.executed(self.computations[callee], below, fused or i.op == 'fusion')
+            elif self.computations and ' = ' in self.line:
+                m = re.match(r'\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$', self.line)
+                operands = re.findall(r'%([\w.-]+)', re.split(r'\), [\w-]+=', m[4])[0])
+                computation[m[1]] = Instruction(m[2], m[3], operands, self.line)
+        self.on_tpu = '"estimated_cycles"' in text
+        # {stack frame: the line of source that it comes from, outside of libraries}; callers come first
+        self.sources = {}
+        files = dict(re.findall(r'^(\d+) "(.*\.py)"$', text, re.M))
+        places = re.findall(r'^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)', text, re.M)
+        places = {place: (files.get(file, ''), line) for place, file, line in places}
+        for frame, place, caller in re.findall(r'^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)', text, re.M):
+            file, line = places[place]
+            caller = self.sources.get(int(caller) - 1, '')
+            self.sources[int(frame)] = caller if 'site-packages' in file else f'{os.path.basename(file)}:{line}'
 
     def trips(self, loop):
-        """How often a loop runs, None if that is unknown."""
-        if m := re.search(r'"known_trip_count": ?\{"n": ?"(\d+)"', loop.line):
-            return int(m[1])
-        # a TPU's loop, as lax.scan makes it: while i < n
-        condition = self.computations[re.search(r'condition=%?([\w.-]+)', loop.line)[1]]
-        limits = [i.line for i in condition.values() if i.op == 'constant' and i.shape.startswith('s32[]')]
-        return int(re.search(r'constant\((\d+)\)', limits[0])[1]) if len(limits) == 1 else None
+        """How often a loop runs."""
+        n = loop.find(r'"known_trip_count": ?\{"n": ?"(\d+)"')
+        if not n:  # a TPU's loop, as lax.scan makes it: while i < n
+            condition = self.computations[loop.find(r'condition=%([\w.-]+)')]
+            [n] = [i.find(r's32\[\].* constant\((\d+)\)') for i in condition.values() if i.op == 'constant']
+        return int(n)
 
-    def kernels(self, n_devices):
-        """The Kernels that a device runs. Raises UnknownText."""
-        found = []
-        for i, computation, times, fused in self.executed(self.entry):
-            kind = i.op.removesuffix('-start')
-            is_collective = kind in COLLECTIVES
-            if i.op in NO_KERNEL or i.op.endswith('-done') or (fused and not is_collective):
-                continue
-            if 'chain_id=' in i.line and 'AsyncCollectiveStart' not in [other.target for other in computation.values()]:
-                continue  # a TPU goes on with a collective that another instruction began
-            if times is None:
-                raise UnknownText(f'how often a loop runs this: {i.line.strip()[:100]}')
-            group, flops = 1, 0
-            if is_collective:
-                group = group_size(i.line, n_devices)
-                n_bytes = sent_bytes(i, group)
-            else:
-                n_bytes = self.traffic(i, computation)
-                flops = sum(product_flops(*product) for product in self.products(i, computation))
-                kind = 'matmul' if any(self.products(i, computation)) else 'other'
-            if i.target.startswith('__cudnn$fmha'):
-                kind = 'attention'
-                flops = attention_flops(i, computation)
-            cycles = re.search(r'"estimated_cycles":"(\d+)"', i.line)
-            operation = re.search(r'op_name="(?:[^"]*/)?([^"]*)"', i.line)
-            what = f"{self.source(i)} {operation[1] if operation else i.op} {re.sub('{.*?}', '', i.shape)}"
-            found.append(Kernel(kind, times, n_bytes, flops, int(cycles[1]) if cycles else 0, group, what.strip()))
-        return found
+    def kernels(self, computation, times=1, whole=None):
+        """Yields those of a computation that runs so many times. It may be a part of a kernel, the `whole`."""
+        for i in computation.values():
+            self.line = i.line
+            kernel = whole
+            kind = i.op.removesuffix('-done')
+            if kind in COLLECTIVES:
+                # where a TPU goes on with a collective that another instruction began, it does not count again
+                if 'chain_id=' not in i.line or any('AsyncCollectiveStart' in o.line for o in computation.values()):
+                    group = group_size(i if i.op == kind else computation[i.operands[0]])
+                    yield Kernel(kind, self.what(i), times, i.bytes * COLLECTIVES[kind](group), group)
+            elif not whole and i.op not in NO_KERNEL and not i.op.endswith('-start'):
+                kernel = Kernel('other', self.what(i), times, 0 if self.on_tpu else self.traffic(i, computation))
+                kernel.cycles = int(i.find(r'"estimated_cycles":"(\d+)"', 0))
+                yield kernel
+            is_attention = '"__cudnn$fmha' in i.line
+            if is_attention or '"__cublas' in i.line or i.op in ('dot', 'convolution'):
+                kernel.kind = 'attention' if is_attention else 'matmul'
+                kernel.flops += 0 if self.on_tpu else flops(i, computation)
+            if i.op in CALLS:
+                callee = self.computations[i.find(rf'\b{CALLS[i.op]}=%([\w.-]+)')]
+                below = times * self.trips(i) if i.op == 'while' else times
+                yield from self.kernels(callee, below, kernel)
 
-    def products(self, i, computation):
-        """(instruction, its computation) of the matmuls in an instruction."""
-        if i.op in ('dot', 'convolution') or i.target.startswith('__cublas'):
-            yield i, computation
-        if i.op == 'fusion':
-            inside = self.computations[i.called[0]]
-            for part in inside.values():
-                yield from self.products(part, inside)
+    def what(self, i):
+        source = self.sources.get(int(i.find(r'stack_frame_id=(\d+)', 0)), '')
+        operation = i.find(r'op_name="(?:[^"]*/)?([^"]*)"', i.op)
+        return f"{source} {operation} {re.sub('{.*?}', '', i.shape)}".strip()
 
-    def traffic(self, i, computation):
-        """Bytes that a kernel reads and writes: its operands and results, but of what it slices only the slices, and of
-        what it updates in place only the update."""
-        if i.op.endswith('-start') and i.op != 'all-reduce-start':  # its result holds its operands, too
-            share = i.arrays[1].elements / i.arrays[0].elements if i.op == 'slice-start' else 1
-            return sum(array.hbm_bytes * (1 if k else share) for k, array in enumerate(i.arrays))
-        scope, parts, names, results = computation, [i], i.operands, [i]
-        if i.op == 'fusion':
-            scope = self.computations[i.called[0]]
-            parts = list(scope.values())
-            parameters = [part for part in parts if part.op == 'parameter']
-            names = [p.name for p in sorted(parameters, key=lambda p: int(re.search(r'parameter\((\d+)', p.line)[1]))]
-            [root] = [part for part in parts if part.is_root]
-            results = [scope[name] for name in root.operands] if root.op == 'tuple' else [root]
-        updated = {}  # how much is written of a result that lies where an operand was
-        for result in results:
-            update = result
-            while update.op == 'bitcast':
-                update = operand(scope, update, 0)
-            if update.op in UPDATES:
-                written = operand(scope, update, UPDATES[update.op])
-                updated[update.name] = updated[result.name] = written.elements / update.elements
-        arrays = zip(results, i.arrays) if len(results) > 1 else [(results[0], i)]
-        total = sum(array.hbm_bytes * updated.get(result.name, 1) for result, array in arrays)
-        for k, name in enumerate(names):
-            share = share_read(name, parts, scope, results, updated)
-            total += operand(computation, i, k).hbm_bytes * share
+    def traffic(self, i, scope):
+        """Bytes that a kernel reads and writes. Of what a fusion only slices or updates in place, it is that part."""
+        if i.op != 'fusion':
+            return i.bytes + sum(scope[name].bytes for name in i.operands)
+        inside = self.computations[i.find(r'calls=%([\w.-]+)')]
+        total = 0
+        for name, part in inside.items():
+            if part.op == 'parameter':
+                operand = i.operands[int(part.find(r'parameter\((\d+)'))]
+                total += scope[operand].bytes * share_read(name, inside)
+        [root] = [part for part in inside.values() if 'ROOT %' in part.line]
+        for result in [inside[name] for name in root.operands] if root.op == 'tuple' else [root]:
+            if result.op in UPDATES:
+                result = inside[result.operands[UPDATES[result.op]]]
+            total += result.bytes
         return total
 
-    def source(self, i):
-        """The line of source that an instruction comes from, outside of libraries; '' where the module does not say."""
-        frame = re.search(r'stack_frame_id=(\d+)', i.line)
-        place, file, parent = '', 'site-packages', int(frame[1]) if frame else 0
-        while parent and 'site-packages' in file:
-            frame = self.tables['StackFrames'][parent]
-            location = self.tables['FileLocations'][frame['file_location_id']]
-            file = self.tables['FileNames'][location['file_name_id']]
-            place = f"{os.path.basename(file)}:{location['line']}"
-            parent = frame['parent_frame_id'] - 1  # 1 stands for none
-        return place
+
+def share_read(name, inside):
+    """How much of the array `name` the computation of a fusion reads."""
+    users = {key: user for key, user in inside.items() if name in user.operands}
+    share = 0 if users else 1  # nobody uses what is the result
+    for key, user in users.items():
+        if user.op in VIEWS:
+            share += share_read(key, inside)
+        elif user.operands[0] != name or user.op not in SLICES | UPDATES.keys():
+            share = 1
+        elif user.op != 'dynamic-update-slice':
+            part = inside[user.operands[2]] if user.op == 'scatter' else user  # a scatter adds to what is there
+            share += part.bytes / inside[name].bytes
+    return min(share, 1)
+
+
+def flops(i, scope):
+    """Of a matmul, or of cuDNN's FlashAttention: two matmuls forward, five backward, half of each masked."""
+    dims = scope[i.operands[0]].arrays[0][1]
+    if '"__cudnn$fmha' in i.line:
+        B, T, nh, hs = dims
+        return (5 if 'Backward' in i.line else 2) * B * nh * T * T * hs
+    summed = i.find(r'lhs_contracting_dim(?:s=\{|ensions": ?\[)([^]}]*)')
+    return 2 * math.prod(i.arrays[0][1]) * math.prod(dims[int(d)] for d in re.findall(r'\d+', summed))
+
+
+def group_size(i):
+    """How many devices take part in a collective together."""
+    if size := i.find(r'replica_groups=\[\d+,(\d+)\]'):  # [groups,size]<=[...]
+        return int(size)
+    if group := i.find(r'(?:replica_groups|source_target_pairs)=\{\{(.*?)\}'):  # {{0,1},{2,3}}
+        return len(group.split(','))
+    axes = i.find(r'replica_groups=mesh\[.*?\{(.*?)\}').split(',')  # mesh['data'=4,'tensor'=2] {'data'}
+    return math.prod(int(i.find(rf'{axis}=(\d+)')) for axis in axes)
 
 
 def milliseconds(kernel, chip, peak):
-    """How long a kernel will take on a Chip with a peak of so many FLOP/s. On a TPU its compiler's cycles tell; without
-    a clock that is 0."""
+    """How long a kernel will take on a Chip with a peak of so many FLOP/s; 0 on a TPU whose clock is unknown."""
     if kernel.kind in COLLECTIVES:
-        gb_per_s = BETWEEN_HOSTS if chip.bandwidth and kernel.group > 8 else chip.link
-        return kernel.bytes / gb_per_s / 1e6
+        return kernel.bytes / (BETWEEN_HOSTS if chip.bandwidth and kernel.group > 8 else chip.link) / 1e6
     if not chip.bandwidth:
         return kernel.cycles / chip.ghz / 1e6 if chip.ghz else 0
     if kernel.kind == 'other':
@@ -313,93 +263,14 @@ def milliseconds(kernel, chip, peak):
     return kernel.flops / (REACHED[kernel.kind] * peak) * 1e3
 
 
-def add_up(kernels, chip, peak, name_of, n=None):
-    """{name: row} of the n kinds of kernels that take longest, where name_of(kernel) says which belong together."""
+def add_up(kernels, chip, peak, name_of):
+    """A row for all kernels with the same name_of(kernel), without zeros; the rows that take longest come first."""
     rows = {}
     for k in kernels:
-        row = rows.setdefault(name_of(k), dict(kernels=0, gb=0, tflop=0, mcycles=0, ms=0))
-        each = dict(kernels=1, gb=k.bytes / 1e9, tflop=k.flops / 1e12, mcycles=k.cycles / 1e6,
-                    ms=milliseconds(k, chip, peak))
-        for column, number in each.items():
-            row[column] += k.times * number
-    longest = sorted(rows, key=lambda name: (rows[name]['ms'], rows[name]['mcycles']), reverse=True)
-    return {name: rows[name] for name in longest[:n]}
-
-
-def operand(computation, i, k):
-    """Operand k of an instruction."""
-    if i.operands[k] not in computation:
-        raise UnknownText(f'{i.operands[k]} in {i.line.strip()[:100]}')
-    return computation[i.operands[k]]
-
-
-def share_read(name, parts, scope, results, updated):
-    """How much of the array `name` the parts of a kernel read."""
-    names, share = {name}, 0
-    for part in parts:
-        where = [k for k, operand_name in enumerate(part.operands) if operand_name in names]
-        if where and part.op in VIEWS:
-            names.add(part.name)
-        elif where == [0] and part.op in SLICES:
-            share += part.elements / operand(scope, part, 0).elements
-        elif where == [0] and part.name in updated:
-            share += updated[part.name] if part.op == 'scatter' else 0  # a scatter adds to what is there
-        elif where:
-            return 1
-    return 1 if any(result.name in names for result in results) else min(share, 1)
-
-
-def product_flops(i, computation):
-    """FLOPs of a matmul; 0 of a TPU's, which are convolutions: its compiler says cycles."""
-    if i.op == 'convolution':
-        return 0
-    m = re.search(r'lhs_contracting_dim(?:s=\{|ensions": ?\[)([^]}]*)', i.line)
-    if not m:
-        raise UnknownText(f'what a matmul sums over: {i.line.strip()[:100]}')
-    dims = re.search(r'\[(.*?)\]', operand(computation, i, 0).shape)[1].split(',')
-    return 2 * i.arrays[0].elements * math.prod(int(dims[int(d)]) for d in re.findall(r'\d+', m[1]))
-
-
-def attention_flops(i, computation):
-    """FLOPs of cuDNN's FlashAttention: two matmuls forward and five backward, half of each if the future is masked."""
-    scores = re.search(r'"intermediate_tensor_shape": ?\{[^[]*"dimensions": ?\[([^]]*)\]', i.line)
-    mask = re.search(r'"mask_type": ?"(CAUSAL|NO_MASK)"', i.line)
-    if not scores or not mask or re.search(r'"sliding_window_length": ?[1-9]', i.line):
-        raise UnknownText(f'an attention: {i.line.strip()[:100]}')
-    B, nh, T, S = map(int, re.findall(r'\d+', scores[1]))
-    n_matmuls = 5 if 'Backward' in i.target else 2
-    flops = n_matmuls * 2 * operand(computation, i, 0).elements * S  # q is (B, T, nh, hs)
-    return flops / 2 if mask[1] == 'CAUSAL' else flops
-
-
-def sent_bytes(i, n):
-    """What a device sends for a collective among n, by the ring algorithms: (n - 1) / n of the whole, twice that for an
-    all-reduce."""
-    kind = i.op.removesuffix('-start')
-    arrays = i.arrays
-    if i.op != kind and kind != 'all-reduce':  # (what goes in, what comes out, ...)
-        arrays = arrays[len(i.operands):2 * len(i.operands)]
-    size = sum(array.bytes for array in arrays)
-    if kind in ('collective-permute', 'collective-broadcast'):
-        return size
-    whole = size * n if kind == 'reduce-scatter' else size  # its result is a device's part
-    return whole * (n - 1) / n * (2 if kind == 'all-reduce' else 1)
-
-
-def group_size(line, n_devices):
-    """How many devices take part in a collective together."""
-    text = line.partition('replica_groups=')[2]
-    if m := re.match(r'\[\d+,(\d+)\]', text):  # [groups,size]<=[...]
-        return int(m[1])
-    if m := re.match(r'\{\{([\d,]*)\}', text):  # {{0,1},{2,3}}
-        return m[1].count(',') + 1
-    if m := re.match(r"mesh\[([^]]*)\][^{]*\{([^}]*)\}", text):  # mesh['data'=4,'tensor'=2] {'data'}
-        sizes = dict(re.findall(r"'([^']*)'=(\d+)", m[1]))
-        axes = re.findall(r"'([^']*)'", m[2])
-        if axes and set(axes) <= sizes.keys() and ':(' not in m[2]:
-            return math.prod(int(sizes[axis]) for axis in axes)
-    if text.startswith('{}'):
-        return n_devices
-    if 'source_target_pairs=' in line:
-        return 2
-    raise UnknownText(f'the groups of a collective: {text[:100]}')
+        row = rows.setdefault(name_of(k), dict(ms=0.0, gb=0.0, mcycles=0.0, kernels=0, what=name_of(k)))
+        row['ms'] += k.times * milliseconds(k, chip, peak)
+        row['gb'] += k.times * k.bytes / 1e9
+        row['mcycles'] += k.times * k.cycles / 1e6
+        row['kernels'] += k.times
+    longest = sorted(rows.values(), key=lambda row: (row['ms'], row['mcycles']), reverse=True)
+    return [{name: x for name, x in row.items() if x or name == 'ms'} for row in longest]
