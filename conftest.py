@@ -39,8 +39,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
-    """Each of pytest-xdist's workers gets few tests at a time, so that all are busy until the end. The tests simulate eight
-    devices on the CPU, for meshes."""
+    """Each of pytest-xdist's workers gets few tests at a time, so that all are busy until the end. The tests simulate
+    eight devices on the CPU, for meshes."""
     import jax  # not above: the processes that start scripts must set nothing
     jax.config.update('jax_num_cpu_devices', 8)
     config.addinivalue_line('markers', 'quick: the maths, and a run that is resumed; for every further Python')

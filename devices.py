@@ -69,7 +69,7 @@ def best_dtype(devices, kernels=''):
 
 def choose_kernels(config, devices, flash=True, kernels=''):
     """(config, text): a GPTConfig with the kernels of kernels.py that pay on these devices, or with none for 'plain'.
-    `flash` allows FlashAttention, where the model and the devices can have it. The text, for the log, names what runs."""
+    `flash` allows FlashAttention, where the model and the devices can have it. The text is for the log."""
     if kernels == 'plain':
         return replace(config, kernels='plain'), ', plain functions'
     platform, text = devices[0].platform, ''
@@ -97,8 +97,8 @@ def no_cudnn(config, device):
     if not re.fullmatch(r'\d+\.\d+', capability) or float(capability) < 8:
         return f'{device.device_kind} is not an NVIDIA GPU of the A100 or later'
     if config.dtype == 'float32' or config.dropout or config.head_size not in range(8, 129, 8):
-        return (f'dtype = {config.dtype}, dropout = {config.dropout}, n_embd / n_head = {config.head_size}: it wants 16 '
-                'bits, 0, and a multiple of 8 up to 128')
+        return (f'dtype = {config.dtype}, dropout = {config.dropout}, n_embd / n_head = {config.head_size}: it wants '
+                '16 bits, 0, and a multiple of 8 up to 128')
     return ''
 
 

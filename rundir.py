@@ -338,7 +338,7 @@ def save_base(out_dir, base):
 
 
 def load_base(out_dir, abstract):
-    """The parameters in out_dir/base with the shardings of `abstract`; {} for {}. Raises ValueError for damaged ones."""
+    """The parameters in out_dir/base with the shardings of `abstract`; {} for {}. Raises ValueError if damaged."""
     if not abstract:
         return {}
     folder = Path(out_dir, 'base').absolute()

@@ -67,8 +67,8 @@ def estimate_mfu(config, n_params, n_frozen, tokens_per_second, devices):
 
 # The dimension of each matrix that the tensor axis splits (Megatron-LM, https://arxiv.org/abs/1909.08053): the first
 # matrix of attention and MLP by column and the second by row, so that each pair needs a single all-reduce, and the
-# embedding by token. With LoRA, c_attn's B is split like c_attn, by column, and c_proj's A like c_proj, by row; c_attn's
-# A and c_proj's B, like all else, are on every device.
+# embedding by token. With LoRA, c_attn's B is split like c_attn, by column, and c_proj's A like c_proj, by row. All
+# else is on every device.
 TENSOR_SPLIT = {'wte': 0, 'attn.c_attn': -1, 'mlp.c_fc': -1, 'attn.c_proj': 0, 'mlp.c_proj': 0}
 
 

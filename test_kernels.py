@@ -150,8 +150,7 @@ def test_no_function_was_edited_without_its_kernel():
 SCORES = "scores = jnp.where(s <= t, scores, -jnp.inf)"
 EDITS = {
     'soft cap': (SCORES, "scores = jnp.where(s <= t, 5 * jnp.tanh(scores / 5), -jnp.inf)"),
-    'ALiBi': (SCORES, "scores = jnp.where(s <= t, scores - 2.0 ** -jnp.arange(1, q.shape[1] + 1)[:, None, None] * (t - s), "
-                      "-jnp.inf)"),
+    'ALiBi': (SCORES, "scores -= 2.0 ** -jnp.arange(1, q.shape[1] + 1)[:, None, None] * (t - s)\n    " + SCORES),
     'window': ('s <= t', '(s <= t) & (t - s < 3)'),
     'half': ("v, preferred_element_type=result)", "v, preferred_element_type=result) * 0.5"),
 }
@@ -228,8 +227,8 @@ def test_the_log_names_what_was_edited_and_a_plain_run_needs_no_kernels(tmp_path
     halved = run(repo, 'train.py', *small, '--n_embd=64', fresh=True)
     assert 'edited in model.py, so without their kernels: attention, attention_with_cache' in halved
     row = "    'qwen3': dict("
-    model_py.write_text(whole.replace(row, "    'mine': dict(norm='layer', positions='rotary', mlp='gelu', qk_norm=True),\n"
-                                      + row), encoding='utf-8')
+    mine = "    'mine': dict(norm='layer', positions='rotary', mlp='gelu', qk_norm=True),\n"
+    model_py.write_text(whole.replace(row, mine + row), encoding='utf-8')
     assert first(run(repo, 'train.py', *small, '--arch=mine', fresh=True)) != first(kernel)
     model_py.write_text(whole, encoding='utf-8')
     plain = run(repo, 'train.py', *small, '--kernels=plain', '--sample_tokens=5', fresh=True)

@@ -98,8 +98,8 @@ from model import GPTConfig, build
 from optim import get_lr, make_optimizer
 from rundir import (NO_BEST, Checkpoints, RunError, adopt_shape, check_out_dir, clear_run, lock_out_dir, open_model,
                     resume_config, save_base, save_config)
-from step import (Setup, abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu, eval_step,
-                  num_params, on_mesh, state_creator, train_step)
+from step import (Setup, abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu,
+                  eval_step, num_params, on_mesh, state_creator, train_step)
 
 # a resumed run keeps its own settings, except for those that are given now
 with refuse(ValueError, OSError):
