@@ -8,10 +8,8 @@ here, so once you edit the function, your lines run instead, and the log says so
 Letters for dimensions, as in nanoGPT: B batch, T time (T <= block_size), C = n_embd, nh = n_head, hs = C // nh,
 V = vocab_size; S is the length of the key-value cache.
 
-References:
-1) nanoGPT's model.py: https://github.com/karpathy/nanoGPT/blob/master/model.py
-2) OpenAI's GPT-2: https://github.com/openai/gpt-2/blob/master/src/model.py
-3) the Qwen3 technical report: https://arxiv.org/abs/2505.09388
+References: nanoGPT's model.py, https://github.com/karpathy/nanoGPT; OpenAI's GPT-2, https://github.com/openai/gpt-2;
+the Qwen3 technical report, https://arxiv.org/abs/2505.09388
 """
 import functools
 import math
@@ -72,6 +70,8 @@ class GPTConfig:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f'{name} = {getattr(self, name)}: must be at least {low}')
+        if self.n_layer > 1000:  # each layer is traced and compiled: nobody waits for so many
+            raise ValueError(f'n_layer = {self.n_layer}: must be at most 1000')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}')
         if self.arch not in ARCHS:
