@@ -108,7 +108,8 @@ def peak_memory(device):
     if peak:
         return peak
     if not resource:
-        return psutil.Process().memory_info().peak_wset
+        memory = psutil.Process().memory_info()
+        return getattr(memory, 'peak_wset', memory.rss)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 

@@ -76,7 +76,8 @@ def choose_kernels(config, devices, flash=True, kernels=''):
     if platform == 'cpu':
         kernels = 'cpu' if len(devices) == 1 else 'cpus'
     elif platform == 'tpu':
-        kernels = 'tpu'
+        kernels = 'splash' if flash and splash_pays(config) else 'tpu'
+        text = ", JAX's splash attention" if kernels == 'splash' else ''
     else:
         why_not = '' if flash else 'flash = False'
         why_not = why_not or no_cudnn(config, devices[0])
@@ -89,6 +90,12 @@ def choose_kernels(config, devices, flash=True, kernels=''):
     if names := edited(kernels):
         text += f'; edited in model.py, so without their kernels: {", ".join(names)}'
     return replace(config, kernels=kernels), text
+
+
+def splash_pays(config):
+    """Whether splash attention, JAX's FlashAttention for TPUs, is better there than attention in blocks, which needs far
+    more memory for long sequences."""
+    return config.block_size > 2048 and config.block_size % 128 == 0 and not config.dropout
 
 
 def no_cudnn(config, device):

@@ -204,13 +204,9 @@ def one_pass_layer_norm(x, weight, bias=None):
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def logsumexp(x):
     """log(sum(exp(x))) over the last dimension, with the highest x and the sum in one pass."""
-    return logsumexp_forward(x)[0]
-
-
-def logsumexp_forward(x):
     def merge(a, b):
         (m, s), (n, t) = a, b  # of two parts: the highest x, and the sum of exp(x - highest)
         less = jnp.exp(-jnp.abs(m - n))
@@ -218,16 +214,14 @@ def logsumexp_forward(x):
 
     start = jnp.float32(-1e30), jnp.float32(0)
     highest, total = jax.lax.reduce((jnp.maximum(x, -1e30), jnp.ones_like(x)), start, merge, [x.ndim - 1])
-    result = highest + jnp.log(total)
-    return result, (x, result)
+    return highest + jnp.log(total)
 
 
-def logsumexp_backward(saved, d):
-    x, result = saved
-    return jnp.exp(x - result[..., None]) * d[..., None],
-
-
-logsumexp.defvjp(logsumexp_forward, logsumexp_backward)
+@logsumexp.defjvp
+def logsumexp_derivative(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y = logsumexp(x)
+    return y, (jnp.exp(x - y[..., None]) * dx).sum(-1)
 
 
 def cross_entropy(logits, targets):
@@ -238,7 +232,7 @@ def cross_entropy(logits, targets):
 
 
 # -----------------------------------------------------------------------------
-# attention in blocks of queries, and by cuDNN
+# attention in blocks of queries, by cuDNN, and by Pallas on TPUs
 
 
 def after(x, y):
@@ -325,8 +319,8 @@ def block_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32', *, layo
 
 
 def attention_with_cache(q, k, v, cache, pos, dtype='float32'):
-    """Reads the cache first and writes it last: then XLA's CPU code updates it in place, and does not copy it (2.1 times
-    as fast)."""
+    """Reads the cache first and writes it last: then XLA's CPU code updates it in place, and does not copy it (2.1
+    times as fast)."""
     keys, values = cache
     past = jnp.einsum('bhtd,bhsd->bhts', q, keys)
     past = jnp.where(jnp.arange(keys.shape[2]) < pos, past, -1e30)
@@ -335,6 +329,17 @@ def attention_with_cache(q, k, v, cache, pos, dtype='float32'):
     y = jnp.einsum('bhts,bhsd->bhtd', probs[..., :-1], values) + probs[..., -1:] * v
     write = lambda old, new: jax.lax.dynamic_update_slice(old, after(new, y), (0, 0, pos, 0))
     return y, (write(keys, k), write(values, v))
+
+
+def over_mesh(attend, q, k, v):
+    """attend(q, k, v) by each device for its own sequences and heads. XLA does not divide what it cannot look into, so a
+    shard_map has to, over those axes of the mesh over which none has yet."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if axes := {axis: n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes}:
+        divided = lambda axis, n: axis if n % axes.get(axis, n + 1) == 0 else None
+        parts = P(divided('data', q.shape[0]), divided('tensor', q.shape[1]))
+        attend = jax.shard_map(attend, in_specs=parts, out_specs=parts, axis_names=set(axes), check_vma=False)
+    return attend(q, k, v)
 
 
 def cudnn_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32'):
@@ -347,17 +352,27 @@ def cudnn_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32'):
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation='cudnn')
         return y.swapaxes(1, 2)
 
-    n = jax.sharding.get_abstract_mesh().shape.get('tensor')
-    if n:  # inside a shard_map over the data axis, XLA cannot divide this call over another axis
-        heads = P(None, 'tensor') if q.shape[1] % n == 0 else P()
-        attend = jax.shard_map(attend, in_specs=heads, out_specs=heads, axis_names={'tensor'}, check_vma=False)
-    return attend(q, k, v).astype(q.dtype)
+    return over_mesh(attend, q, k, v).astype(q.dtype)
+
+
+def splash_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32', *, interpret=False):
+    """FlashAttention as JAX has it for TPUs. Beyond 2048 tokens, blocks() needs many times its memory."""
+    if q.shape[2] != k.shape[2] or rate or q.shape[2] % 128:
+        return NotImplemented
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # takes a while, and only TPUs have it
+
+    def attend(q, k, v):
+        T, n = q.shape[2], math.gcd(q.shape[2], 512)  # the rows of a block of queries, and of a block of keys
+        blocks = splash.BlockSizes(block_q=n, block_kv=n, block_q_dkv=n, block_kv_dkv=n, block_q_dq=n, block_kv_dq=n)
+        mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * q.shape[1])
+        attend_one = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
+        return jax.vmap(attend_one)((q / math.sqrt(q.shape[-1])).astype(dtype), k.astype(dtype), v.astype(dtype))
+
+    return over_mesh(attend, q, k, v).astype(q.dtype)
 
 
 # -----------------------------------------------------------------------------
 # which platform uses which
-
-no_layout = lambda x: x
 
 
 def of_cpus(one_cpu):
@@ -368,11 +383,12 @@ def of_cpus(one_cpu):
             'attention_with_cache': attention_with_cache}
 
 
-GPU = {'layer_norm': one_pass_layer_norm, 'gelu': gelu, 'dropout': dropout, 'cross_entropy': cross_entropy,
-       'attention': functools.partial(block_attention, layout=no_layout)}
-TPU = {'dropout': dropout, 'attention': functools.partial(block_attention, layout=no_layout)}
+without_layout = functools.partial(block_attention, layout=lambda x: x)
+GPU = {'layer_norm': one_pass_layer_norm, 'gelu': gelu, 'cross_entropy': cross_entropy, 'attention': without_layout}
+TPU = {'attention': without_layout}
 KERNELS = {'plain': {}, 'cpu': of_cpus(one_cpu=True), 'cpus': of_cpus(one_cpu=False), 'gpu': GPU,
-           'cudnn': GPU | {'attention': cudnn_attention}, 'tpu': TPU}
+           'cudnn': GPU | {'attention': cudnn_attention},
+           'tpu': TPU, 'splash': TPU | {'attention': splash_attention}}
 
 # What the kernels were made for: the fingerprint of each function in model.py. `python kernels.py` prints it. Change a
 # line here only together with the kernels of that name.

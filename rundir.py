@@ -89,10 +89,15 @@ SHAPE = ('arch', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'rope_theta', 'bias',
 
 
 def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):
-    """Raises ValueError where out_dir holds a run that a new one would replace or would start from, and where its name
-    cannot be printed."""
-    if not out_dir or out_dir != out_dir.encode(errors='ignore').decode():
+    """Raises ValueError where out_dir holds a run that a new one would replace or would start from; ValueError or
+    OSError where it can be no folder of this user's."""
+    if not out_dir or '\0' in out_dir or out_dir != out_dir.encode(errors='ignore').decode():
         raise ValueError(f'out_dir = {out_dir!r}: it takes the path of a folder')
+    folder = Path(out_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    for wrong, number in (not there.is_dir(), errno.ENOTDIR), (not os.access(there, os.W_OK), errno.EACCES):
+        if wrong and not eval_only:
+            raise OSError(number, os.strerror(number), out_dir)
     holds_run = os.path.exists(os.path.join(out_dir, 'config.json'))
     if holds_run and init_from != 'resume' and not (overwrite or eval_only):
         raise ValueError(f'{out_dir} holds a run: go on with it (--init_from=resume), replace it (--overwrite=True), '

@@ -293,7 +293,9 @@ def abstract_tokens(setup, shape):
 
 def lower_step(setup, state, shape):
     """train_step for a state, abstract or not, and batches of `shape` = (G, B), ready to be compiled."""
-    return train_step.lower(state, abstract_tokens(setup, shape), 0.0, jax.random.key(0), setup=setup)
+    tokens, key = abstract_tokens(setup, shape), jax.random.key(0)
+    with jax.set_mesh(setup.mesh):  # kernels.over_mesh() asks for it
+        return train_step.lower(state, tokens, 0.0, key, setup=setup)
 
 
 def compile_step(setup, state, shape):
@@ -303,5 +305,7 @@ def compile_step(setup, state, shape):
 
 def compile_eval(setup, params, shape):
     """eval_step compiled: a function of (params, tokens)."""
-    lowered = eval_step.lower(params, abstract_tokens(setup, shape), config=setup.config)
+    tokens = abstract_tokens(setup, shape)
+    with jax.set_mesh(setup.mesh):
+        lowered = eval_step.lower(params, tokens, config=setup.config)
     return compile_for(setup.mesh, lowered)

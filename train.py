@@ -212,7 +212,8 @@ with refuse(ValueError, OSError):
         state, progress = found
     else:
         why = ' (the run was stopped before its first checkpoint)' if init_from == 'resume' else ''
-        print(f'Initializing a model from {origin}{why}', flush=True)
+        what = 'a new model from scratch' if origin == 'scratch' else f'from {origin}'
+        print(f'Initializing {what}{why}', flush=True)
         state, progress = create(), dict(iter_num=0, wandb_id=None, **NO_BEST, best_dataset=dataset)
         if from_file:
             read_pretrained = read_pretrained if pretrained else open_model(origin)[2]
