@@ -177,8 +177,8 @@ swiglu.defvjp(swiglu_forward, swiglu_backward)
 
 
 def keep_mask(key, rate, shape):
-    """True where dropout keeps a value, with probability 1 - rate. Random numbers are what dropout costs, so each one of
-    32 bits decides for two values (0.83)."""
+    """True where dropout keeps a value, with probability 1 - rate. Random numbers are what dropout costs, so each of 32
+    bits decides for two values (0.83)."""
     bits = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), jnp.uint32)
     bits = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(*shape[:-1], -1)[..., :shape[-1]]
     return bits >= round(rate * 2**16)
@@ -257,8 +257,8 @@ def blocks(q, k, v, rate, key, dtype, layout, block=256):
 
 
 def stores_probs(T, rate, block):
-    """Whether the probabilities are stored for the backward pass, which is faster where they are few (one block) or hold
-    dropout's random choices. Otherwise they are computed again from their maxima, as in FlashAttention
+    """Whether the probabilities are stored for the backward pass, which is faster where they are few (one block) or
+    hold dropout's random choices. Otherwise they are computed again from their maxima, as in FlashAttention
     (https://arxiv.org/abs/2205.14135)."""
     return rate > 0 or T <= block
 
@@ -285,7 +285,8 @@ def blocks_forward(q, k, v, rate, key, dtype, layout, block):
 
 
 def blocks_backward(rate, dtype, layout, block, saved, dy):
-    """With p the probabilities and s the scores: dv = p' dy, dp = dy v', ds = p (dp - sum(p dp)), dq = ds k, dk = ds' q."""
+    """With p the probabilities and s the scores: dv = p' dy, dp = dy v', ds = p (dp - sum(p dp)), dq = ds k,
+    dk = ds' q."""
     (q, k, v, total, saved), dy = barrier((saved, dy))
     out_dtype, T = dy.dtype, q.shape[2]
     if not stores_probs(T, rate, block):  # make q depend on dy: else XLA computes p early and keeps it until here
@@ -377,7 +378,8 @@ def splash_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32', *, int
 
 def of_cpus(one_cpu):
     layout = functools.partial(row_major, one_cpu=one_cpu)
-    return {'linear': functools.partial(linear, one_cpu=one_cpu), 'unembed': functools.partial(unembed, one_cpu=one_cpu),
+    return {'linear': functools.partial(linear, one_cpu=one_cpu),
+            'unembed': functools.partial(unembed, one_cpu=one_cpu),
             'layer_norm': layer_norm, 'rms_norm': rms_norm, 'gelu': gelu, 'swiglu': swiglu, 'dropout': dropout,
             'attention': functools.partial(block_attention, layout=layout),
             'attention_with_cache': attention_with_cache}
@@ -406,29 +408,21 @@ MADE_FOR = {'linear': '773fbda027800a45',
 
 @functools.cache
 def fingerprint(plain):
-    """A hash of what a function computes: of its code without comments and docstring, and of all that it calls in the
+    """A hash of what a function computes: of its code without comments and docstrings, and of all that it calls in the
     same file. '' where Python has no source for it."""
-    seen, parts = set(), []
-
-    def read(function):
-        tree = ast.parse(inspect.getsource(function)).body[0]
-        if ast.get_docstring(tree) is not None:
-            tree.body = tree.body[1:] or [ast.Pass()]
-        tree.decorator_list = [d for d in tree.decorator_list if ast.unparse(d) != 'fast']
-        parts.append(ast.unparse(tree))
-        for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - seen):
-            seen.add(name)
-            value = function.__globals__.get(name)
-            value = inspect.unwrap(value) if callable(value) else value
-            if inspect.isfunction(value) and value.__module__ == function.__module__:
-                read(value)
-            elif isinstance(value, (int, float, str, tuple)):
-                parts.append(f'{name} = {value!r}')
-
+    functions, parts = [plain], []
     try:
-        seen.add(plain.__name__)
-        read(plain)
-    except (AttributeError, OSError, TypeError, SyntaxError):
+        for function in functions:  # grows meanwhile
+            tree = ast.parse(inspect.getsource(function)).body[0]
+            if ast.get_docstring(tree) is not None:
+                tree.body = tree.body[1:]
+            tree.decorator_list = [d for d in tree.decorator_list if ast.unparse(d) != 'fast']
+            parts.append(ast.unparse(tree))
+            names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})
+            called = [inspect.unwrap(function.__globals__.get(name)) for name in names]
+            functions += [f for f in called if inspect.isfunction(f) and f.__module__ == plain.__module__
+                          and f not in functions]
+    except (OSError, TypeError, SyntaxError):
         return ''
     return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
 

@@ -62,9 +62,9 @@ def muon_and_adamw(beta1, beta2):
 
 @functools.partial(jax.jit, static_argnames=('dtype', 'on_cpu'))  # JAX traces it once for all matrices of a shape
 def orthogonalize(x, dtype, on_cpu=False):
-    """x (..., m, n) with its singular values moved near 1, to between about 0.7 and 1.2, by four steps of Newton-Schulz,
-    X <- (a + b S + c S^2) X for S = X X', in bfloat16 where the model multiplies in it. Where m > n, S = X' X is smaller
-    and stands on the right."""
+    """x (..., m, n) with its singular values moved near 1, to between about 0.7 and 1.2, by four steps of
+    Newton-Schulz, X <- (a + b S + c S^2) X for S = X X', in bfloat16 where the model multiplies in it. Where m > n,
+    S = X' X is smaller and stands on the right."""
     dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
     m, n = x.shape[-2:]
     # CPUs multiply in bfloat16 only what lies row by row in memory, the rest in float32 (0.63)
@@ -95,8 +95,8 @@ def orthogonalize(x, dtype, on_cpu=False):
 def muon(beta1, beta2):
     """1. Momentum beta1. 2. Orthogonalize each matrix, so that an update moves each direction as far; q, k, v are three
     matrices, gate and up are two. 3. Divide each column, which makes one output, by its root mean square, averaged over
-    the updates with beta2 as in Adam (NorMuon, https://arxiv.org/abs/2510.05491). 4. Scale to a root mean square of 0.2,
-    which is about that of AdamW's update."""
+    the updates with beta2 as in Adam (NorMuon, https://arxiv.org/abs/2510.05491). 4. Scale to a root mean square of
+    0.2, which is about that of AdamW's update."""
     momentum = optax.trace(beta1, nesterov=True)
     init = lambda params: (momentum.init(params), jax.tree.map(lambda p: jnp.zeros(p.shape[1:]), params))
 
