@@ -108,7 +108,7 @@ def peak_memory(device):
     if peak:
         return peak
     if not resource:
-        return psutil.Process().memory_info().peak_wset
+        return getattr(psutil.Process().memory_info(), 'peak_wset', 0)  # 0: nobody knows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
