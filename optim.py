@@ -79,7 +79,7 @@ def orthogonalize(x, dtype, on_cpu=False):
     x = x.astype(out_dtype)
     s = square(x)
     # no singular value is larger than sqrt(|S|); the looser bound |X| would cost a step
-    norm = jnp.sqrt(jnp.linalg.norm(s.astype('float32'), axis=(-2, -1), keepdims=True)) + 1e-7
+    norm = jnp.sqrt(jnp.linalg.norm(s.astype('float32'), axis=(-2, -1))[..., None, None]) + 1e-7
     x, s = (x / norm).astype(out_dtype), (s / norm**2).astype(out_dtype)
     for i in range(4):
         if i > 0:
@@ -121,16 +121,18 @@ def direction(us, vs, beta2, setup):
     """The updates of some weights (m, n) or (m, k, n), all of one shape, and their new averages of squares."""
     config, mesh = setup.config, setup.mesh
     turn = functools.partial(orthogonalize, dtype=config.dtype, on_cpu=config.kernels in ('cpu', 'cpus'))
-    parts = [part for u in us for part in (jnp.unstack(u, axis=1) if u.ndim == 3 else [u])]
-    x, v = jnp.stack(parts), jnp.stack(vs)  # a stack of matrices (L k, m, n), and (L, k, n) or (L, n)
-    if config.kernels == 'cpu':
-        x = jnp.stack([turn(matrix) for matrix in x])
-    elif mesh is None:
-        x = turn(x)
-    else:  # each device orthogonalizes its part of the stack, and sends the result to the others
-        divide = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
-        x = divide(turn(divide(x, mesh.axis_names)))
-    x = x.reshape(len(us), -1, *x.shape[1:]).swapaxes(1, 2).reshape(-1, *us[0].shape).astype('float32')
+    matrices = [matrix for u in us for matrix in (jnp.unstack(u, axis=1) if u.ndim == 3 else [u])]
+    if config.kernels == 'cpu':  # one after the other, and us has one weight
+        x = jnp.stack([turn(matrix) for matrix in matrices], 1)
+    else:
+        x = jnp.stack(matrices)  # (L k, m, n)
+        if mesh is None:
+            x = turn(x)
+        else:  # each device orthogonalizes its part of the stack, and sends the result to the others
+            divide = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+            x = divide(turn(divide(x, mesh.axis_names)))
+        x = x.reshape(len(us), -1, *x.shape[1:]).swapaxes(1, 2)
+    x, v = x.reshape(-1, *us[0].shape).astype('float32'), jnp.stack(vs)  # (L, m, k, n) and (L, k, n), or without k
     v = beta2 * v + (1 - beta2) * (x * x).mean(1)
     x = x / (jnp.sqrt(v[:, None]) + 1e-8)
     x = 0.2 * x / (jnp.sqrt((x * x).mean([*range(1, x.ndim)], keepdims=True)) + 1e-8)
