@@ -93,7 +93,7 @@ def choose_kernels(config, devices, flash=True, kernels=''):
 
 
 def splash_pays(config):
-    """Whether splash attention, JAX's FlashAttention for TPUs, is better there than attention in blocks, which needs far
+    """Whether splash attention, JAX's FlashAttention for TPUs, is better there than attention in blocks, which needs
     more memory for long sequences."""
     return config.block_size > 2048 and config.block_size % 128 == 0 and not config.dropout
 

@@ -319,8 +319,8 @@ def block_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32', *, layo
 
 
 def over_mesh(attend, q, k, v):
-    """attend(q, k, v) by each device for its own sequences and heads. XLA does not divide what it cannot look into, so a
-    shard_map has to, over those axes of the mesh over which none has yet."""
+    """attend(q, k, v) by each device for its own sequences and heads. XLA cannot divide what it does not look into, so
+    a shard_map has to, over those axes of the mesh over which none has yet."""
     mesh = jax.sharding.get_abstract_mesh()
     if axes := {axis: n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes}:
         divided = lambda axis, n: axis if n % axes.get(axis, n + 1) == 0 else None
@@ -343,7 +343,7 @@ def cudnn_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32'):
 
 
 def splash_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32', *, interpret=False):
-    """FlashAttention as JAX has it for TPUs. With blocks() instead, a step of 4096 tokens needs 1.6 times the memory."""
+    """FlashAttention as JAX has it for TPUs. With blocks(), a step of 4096 tokens needs 1.6 times the memory."""
     if q.shape[2] != k.shape[2] or rate or q.shape[2] % 128:
         return NotImplemented
     mesh = jax.sharding.get_abstract_mesh()
@@ -355,8 +355,8 @@ def splash_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32', *, int
         T, n = q.shape[2], math.gcd(q.shape[2], 512)  # the rows of a block of queries, and of a block of keys
         blocks = splash.BlockSizes(block_q=n, block_kv=n, block_q_dkv=n, block_kv_dkv=n, block_q_dq=n, block_kv_dq=n)
         mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * q.shape[1])
-        attend_one = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
-        return jax.vmap(attend_one)((q / math.sqrt(q.shape[-1])).astype(dtype), k.astype(dtype), v.astype(dtype))
+        kernel = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
+        return jax.vmap(kernel)((q / math.sqrt(q.shape[-1])).astype(dtype), k.astype(dtype), v.astype(dtype))
 
     return over_mesh(attend, q, k, v).astype(q.dtype)
 

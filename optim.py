@@ -63,8 +63,8 @@ def muon_and_adamw(beta1, beta2):
 @functools.partial(jax.jit, static_argnames=('dtype', 'on_cpu'))  # JAX traces it once for all matrices of a shape
 def orthogonalize(x, dtype, on_cpu=False):
     """x (..., m, n) with its singular values moved near 1, to between about 0.7 and 1.2, by four steps of Newton-Schulz,
-    X <- (a + b S + c S^2) X for S = X X', in bfloat16 where the model multiplies in it. Where m > n, S = X' X is smaller
-    and stands on the right."""
+    X <- (a + b S + c S^2) X for S = X X', in bfloat16 where the model multiplies in it. Where m > n, S = X' X is
+    smaller and stands on the right."""
     dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
     m, n = x.shape[-2:]
     # CPUs multiply in bfloat16 only what lies row by row in memory, the rest in float32 (0.63)
