@@ -62,15 +62,16 @@ def muon_and_adamw(beta1, beta2):
 
 @functools.partial(jax.jit, static_argnames=('dtype', 'on_cpu'))  # JAX traces it once for all matrices of a shape
 def orthogonalize(x, dtype, on_cpu=False):
-    """x (..., m, n) with its singular values moved near 1, to between about 0.7 and 1.2, by four steps of
-    Newton-Schulz, X <- (a + b S + c S^2) X for S = X X', in bfloat16 where the model multiplies in it. Where m > n,
-    S = X' X is smaller and stands on the right."""
+    """x (m, n) with its singular values moved near 1, to between about 0.7 and 1.2, by four steps of Newton-Schulz,
+    X <- (a + b S + c S^2) X for S = X X', in bfloat16 where the model multiplies in it. Where m > n, S = X' X is
+    smaller and stands on the right."""
     dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
-    m, n = x.shape[-2:]
-    # CPUs multiply in bfloat16 only what lies row by row in memory, the rest in float32 (0.63)
-    flip = lambda x: jax.lax.optimization_barrier(x.mT) if on_cpu and dtype == 'bfloat16' else x.mT
+    m, n = x.shape
+    # CPUs multiply in bfloat16 only what lies row by row in memory, the rest in float32 (0.63); without a jit around the
+    # barrier, XLA casts some matrices twice (0.85)
+    flip = lambda x: jax.jit(jax.lax.optimization_barrier)(x.T) if on_cpu and dtype == 'bfloat16' else x.T
     if on_cpu and m > n:
-        return orthogonalize(flip(x), dtype, on_cpu).mT
+        return orthogonalize(flip(x), dtype, on_cpu).T
     out_dtype = 'float32' if on_cpu else dtype  # chips write and read half as much between the products
     product = lambda x, y: jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=out_dtype)
     times = lambda s, x: product(s, x) if m <= n else product(x, s)
@@ -79,7 +80,7 @@ def orthogonalize(x, dtype, on_cpu=False):
     x = x.astype(out_dtype)
     s = square(x)
     # no singular value is larger than sqrt(|S|); the looser bound |X| would cost a step
-    norm = jnp.sqrt(jnp.linalg.norm(s.astype('float32'), axis=(-2, -1))[..., None, None]) + 1e-7
+    norm = jnp.sqrt(jnp.linalg.norm(s.astype('float32'))) + 1e-7
     x, s = (x / norm).astype(out_dtype), (s / norm**2).astype(out_dtype)
     for i in range(4):
         if i > 0:
@@ -99,44 +100,43 @@ def muon(beta1, beta2):
     0.2, which is about that of AdamW's update."""
     momentum = optax.trace(beta1, nesterov=True)
     init = lambda params: (momentum.init(params), jax.tree.map(lambda p: jnp.zeros(p.shape[1:]), params))
+    matrices_of = lambda u: [u] if u.ndim == 2 else [u[:, i] for i in range(u.shape[1])]
+
+    def scale(x, v):
+        """Steps 3 and 4, for a weight (m, n) or (m, k, n) and its average v (n,) or (k, n)."""
+        v = beta2 * v + (1 - beta2) * (x * x).mean(0)
+        x = x / (jnp.sqrt(v) + 1e-8)
+        return 0.2 * x / (jnp.sqrt((x * x).mean()) + 1e-8), v
 
     def update(grads, state, params=None, *, setup, **more):
         u, trace = momentum.update(grads, state[0])
-        leaves, tree = jax.tree.flatten(u)
-        v = jax.tree.leaves(state[1])
-        on_one_cpu = setup.config.kernels == 'cpu'  # it is faster with one matrix at a time
-        stacks = {}
-        for i, leaf in enumerate(leaves):
-            stacks.setdefault(i if on_one_cpu else leaf.shape, []).append(i)
-        for indices in stacks.values():
-            us, vs = direction([leaves[i] for i in indices], [v[i] for i in indices], beta2, setup)
-            for i, new_u, new_v in zip(indices, us, vs):
-                leaves[i], v[i] = new_u, new_v
-        return tree.unflatten(leaves), (trace, tree.unflatten(v))
+        us, tree = jax.tree.flatten(u)
+        vs = jax.tree.leaves(state[1])
+        if setup.config.kernels == 'cpu':  # one matrix after the other is faster there
+            for i, u in enumerate(us):
+                x = jnp.stack([orthogonalize(matrix, setup.config.dtype, True) for matrix in matrices_of(u)], 1)
+                us[i], vs[i] = scale(x.reshape(u.shape), vs[i])
+            return tree.unflatten(us), (trace, tree.unflatten(vs))
+        for shape in {u.shape: None for u in us}:  # elsewhere, all weights of a shape at once
+            indices = [i for i, u in enumerate(us) if u.shape == shape]
+            x = jnp.stack([matrix for i in indices for matrix in matrices_of(us[i])])
+            x = orthogonalize_stack(x, setup).reshape(len(indices), -1, shape[0], shape[-1])
+            x = x.swapaxes(1, 2).reshape(-1, *shape).astype('float32')
+            for i, new_u, new_v in zip(indices, *jax.vmap(scale)(x, jnp.stack([vs[i] for i in indices]))):
+                us[i], vs[i] = new_u, new_v
+        return tree.unflatten(us), (trace, tree.unflatten(vs))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def direction(us, vs, beta2, setup):
-    """The updates of some weights (m, n) or (m, k, n), all of one shape, and their new averages of squares."""
-    config, mesh = setup.config, setup.mesh
-    turn = functools.partial(orthogonalize, dtype=config.dtype, on_cpu=config.kernels in ('cpu', 'cpus'))
-    matrices = [matrix for u in us for matrix in (jnp.unstack(u, axis=1) if u.ndim == 3 else [u])]
-    if config.kernels == 'cpu':  # one after the other, and us has one weight
-        x = jnp.stack([turn(matrix) for matrix in matrices], 1)
-    else:
-        x = jnp.stack(matrices)  # (L k, m, n)
-        if mesh is None:
-            x = turn(x)
-        else:  # each device orthogonalizes its part of the stack, and sends the result to the others
-            divide = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
-            x = divide(turn(divide(x, mesh.axis_names)))
-        x = x.reshape(len(us), -1, *x.shape[1:]).swapaxes(1, 2)
-    x, v = x.reshape(-1, *us[0].shape).astype('float32'), jnp.stack(vs)  # (L, m, k, n) and (L, k, n), or without k
-    v = beta2 * v + (1 - beta2) * (x * x).mean(1)
-    x = x / (jnp.sqrt(v[:, None]) + 1e-8)
-    x = 0.2 * x / (jnp.sqrt((x * x).mean([*range(1, x.ndim)], keepdims=True)) + 1e-8)
-    return list(x), list(v)
+def orthogonalize_stack(x, setup):
+    """orthogonalize() for a stack of matrices (N, m, n). On a mesh, each device does its part of the stack and sends the
+    result to the others."""
+    turn = functools.partial(orthogonalize, dtype=setup.config.dtype, on_cpu=setup.config.kernels == 'cpus')
+    if setup.mesh is None:
+        return jax.vmap(turn)(x)
+    divide = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(setup.mesh, P(*spec)))
+    return divide(jax.vmap(turn)(divide(x, setup.mesh.axis_names)))
 
 
 OPTIMIZERS = {'adamw': optax.scale_by_adam, 'muon': muon_and_adamw}
