@@ -425,5 +425,5 @@ def load_model(source, checkpoint='best', **changes):
     """The model of anything that open_model() opens. `changes` go into its GPTConfig: dtype, dropout, or a smaller
     block_size. Raises ValueError."""
     config, _, read = open_model(source, checkpoint)
-    config = choose_kernels(replace(config, **changes), jax.devices()[:1])[0]
+    config = choose_kernels(replace(config, **changes), jax.devices()[:1], flash=False)[0]
     return build(config, read(config.block_size))

@@ -53,7 +53,7 @@ with refuse(ValueError, OSError):
         keep_compiled()
     config, meta, read = open_run(out_dir, checkpoint) if init_from == 'resume' else open_model(init_from, checkpoint)
     config = replace(config, dtype=dtype or config.dtype)
-    config = choose_kernels(config, devices, kernels=kernels)[0]
+    config = choose_kernels(config, devices, flash=False, kernels=kernels)[0]
     encode, decode, eot = tokenizer(meta['tokenizer'])
 
 # encode the beginning of the prompt

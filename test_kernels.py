@@ -125,6 +125,26 @@ def test_dropout_of_attention_in_blocks_multiplies_probabilities_as_dropout_does
     assert abs((kept > 0)[..., causal].mean() - 0.7) < 0.01
 
 
+def test_splash_attention_is_the_plain_one_with_and_without_a_mesh():
+    """Pallas computes it on a CPU, step by step."""
+    splash = functools.partial(kernels.splash_attention, interpret=True)
+    q, k, v, weight = jax.random.normal(KEY, (4, 2, 2, 384, 64))
+
+    def value_and_gradients(attention):
+        loss = lambda q, k, v: (attention(q, k, v) * weight).sum()
+        return attention(q, k, v), *jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    expected = value_and_gradients(model.attention)
+    with jax.set_mesh(make_mesh(jax.devices()[:4], 2, 2)):
+        on_mesh = jax.jit(lambda: value_and_gradients(splash))()
+    for results in value_and_gradients(splash), on_mesh:
+        for x, y in zip(results, expected):
+            np.testing.assert_allclose(x, y, atol=2e-5)
+    assert splash(q, k, v, rate=0.1, key=KEY) is NotImplemented
+    assert splash(q[:, :, :1], k, v, pos=5) is NotImplemented
+    assert splash(q[:, :, :100], k[:, :, :100], v[:, :, :100]) is NotImplemented
+
+
 def test_one_cpu_multiplies_one_token_in_parts_of_64_rows():
     for platform, rows, shape, in_parts in (('cpu', 1, (128, 3, 5), True), ('cpus', 1, (128, 3, 5), False),
                                             ('cpu', 2, (128, 3, 5), False), ('cpu', 1, (100, 7), False)):
