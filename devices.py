@@ -1,6 +1,5 @@
 """
-What there is to compute with: devices, processes, the mesh, and compiling for it.
-No other file asks which platform this is.
+What there is to compute with: devices, processes, the mesh, which kernels pay there, and compiling for it.
 """
 import contextlib
 import functools
