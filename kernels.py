@@ -359,7 +359,7 @@ def cudnn_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32'):
 
 
 def splash_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32', *, interpret=False):
-    """FlashAttention as JAX has it for TPUs. With blocks() instead, a step of 4096 tokens needs 1.6 times the memory."""
+    """FlashAttention as JAX has it for TPUs. With blocks(), a step of 4096 tokens needs 1.6 times the memory."""
     if q.shape[2] != k.shape[2] or rate or q.shape[2] % 128:
         return NotImplemented
     mesh = jax.sharding.get_abstract_mesh()

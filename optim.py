@@ -67,8 +67,8 @@ def orthogonalize(x, dtype, on_cpu=False):
     smaller and stands on the right."""
     dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
     m, n = x.shape
-    # CPUs multiply in bfloat16 only what lies row by row in memory, the rest in float32 (0.63); without a jit around the
-    # barrier, XLA casts some matrices twice (0.85)
+    # CPUs multiply in bfloat16 only what lies row by row in memory, the rest in float32 (0.63). Without a jit around
+    # the barrier, XLA casts some matrices twice (0.85)
     flip = lambda x: jax.jit(jax.lax.optimization_barrier)(x.T) if on_cpu and dtype == 'bfloat16' else x.T
     if on_cpu and m > n:
         return orthogonalize(flip(x), dtype, on_cpu).T
@@ -130,8 +130,8 @@ def muon(beta1, beta2):
 
 
 def orthogonalize_stack(x, setup):
-    """orthogonalize() for a stack of matrices (N, m, n). On a mesh, each device does its part of the stack and sends the
-    result to the others."""
+    """orthogonalize() for a stack of matrices (N, m, n). On a mesh, each device does its part of the stack and sends
+    the result to the others."""
     turn = functools.partial(orthogonalize, dtype=setup.config.dtype, on_cpu=setup.config.kernels == 'cpus')
     if setup.mesh is None:
         return jax.vmap(turn)(x)

@@ -29,11 +29,9 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 # -----------------------------------------------------------------------------
 
 check(num_samples=(1, 10**6), max_new_tokens=(1, 10**9), temperature=(0, 10**6), top_k=(0, 10**9),
-      seed=(0, 2**32 - 1))
+      seed=(0, 2**32 - 1), checkpoint=('best', 'latest'), kernels=('', 'plain'))
 if not 0 < top_p <= 1:
     fail(f'top_p = {top_p}: must be above 0 and at most 1')
-if checkpoint not in ('best', 'latest'):
-    fail(f"checkpoint = {checkpoint!r}: must be 'best' or 'latest'")
 
 from dataclasses import replace
 
