@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from rundir import RunError, write
+from checkpoints import RunError, write
 
 
 @contextlib.contextmanager

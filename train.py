@@ -89,6 +89,7 @@ import numpy as np
 from tqdm import tqdm
 
 import lora
+from checkpoints import NO_BEST, Checkpoints, RunError, save_base
 from dataset import dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded, tokenizer, train_starts
 from devices import (StopSignal, best_dtype, choose_kernels, compile_for, find_devices, join_processes, keep_compiled,
                      make_mesh, memory_errors, only_process_0_prints, profiled, side_by_side)
@@ -96,8 +97,7 @@ from engine import generate
 from log import Log, log_in_to_wandb, start_wandb
 from model import GPTConfig, build
 from optim import get_lr, make_optimizer
-from rundir import (NO_BEST, Checkpoints, RunError, adopt_shape, check_out_dir, clear_run, lock_out_dir, open_model,
-                    resume_config, save_base, save_config)
+from rundir import adopt_shape, check_out_dir, clear_run, lock_out_dir, open_model, resume_config, save_config
 from step import (Setup, abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu,
                   eval_step, num_params, on_mesh, state_creator, train_step)
 

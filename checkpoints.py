@@ -1,0 +1,210 @@
+"""
+The checkpoints of a run: written while training goes on, sealed with their sums, and restored on any mesh.
+"""
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
+
+from dataset import read_json
+
+
+class RunError(Exception):
+    """Why a run cannot go on, and what its user can do about it."""
+
+
+def write(path, text):
+    """Replaces a file whole, or not at all."""
+    if jax.process_index() > 0:
+        return
+    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+        f.write(text)
+    os.replace(f'{path}.tmp', path)
+
+
+def read_best(out_dir, steps):
+    """The iteration that best.json names; None if there is no such file. Raises ValueError if it is damaged, or names a
+    later checkpoint than all `steps` that are there: then files of the run are missing. Where it names an earlier one,
+    going on with the latest loses nothing more."""
+    path = Path(out_dir, 'best.json')
+    if not path.exists():
+        return None
+    best = read_json(path).get('iter')
+    if type(best) is not int:
+        raise ValueError(f'{path} is damaged: it names no checkpoint. Without it, the latest checkpoint is used')
+    if best not in steps and not list(path.parent.glob(f'damaged-{best}-*')):
+        rest = f'checkpoint {max(steps)} is used' if steps else 'the run starts again from the beginning'
+        if best > max(steps, default=-1):
+            raise ValueError(f'{path} names checkpoint {best}, which is not there: copy the run again, whole. If it is '
+                             f'lost, delete {path}: then {rest}')
+        print(f'warning: {path} names checkpoint {best}, which is not there: {rest}', file=sys.stderr)
+    return best
+
+
+NO_BEST = {'best_val_loss': 1e9, 'best_iter': None}  # of a run's progress, before there is a best checkpoint
+
+
+class Checkpoints:
+    """The checkpoints of a run: a state and a dict, `progress`, for some numbers of iterations. Threads write them
+    while training goes on, and nobody sees one before it is whole. `best` is the checkpoint with the best loss, and
+    `written_best` is what best.json says, which comes a bit later."""
+
+    def __init__(self, out_dir, read_only=False):
+        logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs what it raises, too
+        self.out_dir, self.folder = out_dir, Path(out_dir, 'checkpoints').absolute()
+        self.best = self.best_loss = self.written_best = None
+        self.read_only = read_only
+        self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
+            preservation_policy=self, create=not read_only, cleanup_tmp_directories=not read_only,
+            async_options=ocp.AsyncOptions(post_finalization_callback=lambda: seal(self.folder))))
+
+    def should_preserve(self, checkpoints, *, context):
+        """Orbax asks which checkpoints stay: the latest two, and the best."""
+        steps = [c.step for c in checkpoints]
+        return [step in (*sorted(steps)[-2:], self.best, self.written_best) for step in steps]
+
+    def save(self, n, state, progress):
+        """Copies the state and leaves the writing to threads. Raises OSError if the disk is too full, and whatever went
+        wrong with the save before."""
+        is_saved = n in self.manager.all_steps()
+        if not is_saved:
+            self.wait()  # for the save before: Orbax would wait, too
+        self.best, self.best_loss = progress['best_iter'], progress['best_val_loss']
+        if is_saved:
+            return
+        state = {k: v for k, v in state.items() if k != 'base'}
+        if shutil.disk_usage(self.folder).free < sum(x.nbytes for x in jax.tree.leaves(state)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # the rest is an item of its own, because sampling reads the parameters alone
+        rest = {k: v for k, v in state.items() if k != 'params'}
+        self.manager.save(n, args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state['params']), rest=ocp.args.StandardSave(rest),
+            progress=ocp.args.JsonSave(progress)))
+
+    def wait(self):
+        self.manager.wait_until_finished()
+        self.note_best()
+
+    def note_best(self):
+        """Writes best.json once the checkpoint that it names is complete."""
+        if self.read_only or self.best == self.written_best:
+            return
+        path = Path(self.out_dir, 'best.json')
+        if self.best is None:
+            path.unlink(missing_ok=True)
+        elif (self.folder / str(self.best)).exists():
+            write(path, json.dumps({'iter': self.best, 'val_loss': float(self.best_loss)}))
+        else:
+            return
+        self.written_best = self.best
+
+    def restore(self, abstract, dataset=''):
+        """(state, progress) of the latest checkpoint, with the shardings of `abstract`; None if there is none yet. A
+        damaged one is moved aside, and the one before it is taken. On another dataset the best loss starts anew. Raises
+        ValueError if all are damaged, or the best is missing."""
+        steps = sorted(self.manager.all_steps())
+        self.written_best = read_best(self.out_dir, steps)
+        if not steps:
+            return None
+        while steps and jax.process_index() == 0 and (name := damaged_file(self.folder / str(steps[-1]))):
+            n = steps.pop()
+            going_on = f', going on from {steps[-1]}' if steps else ''
+            print(f'warning: checkpoint {n} is damaged ({name}){going_on}')
+            if not self.read_only:
+                (self.folder / str(n)).rename(self.folder.parent / f'damaged-{n}-{time.time():.0f}')
+        latest = int(broadcast_one_to_all(np.int32(steps[-1] if steps else -1)))
+        self.manager.reload()
+        if latest < 0:
+            raise ValueError(f'no checkpoint in {self.folder} can be read')
+        rest = {k: v for k, v in abstract.items() if k not in ('params', 'base')}
+        found = self.manager.restore(latest, args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract['params']), rest=ocp.args.StandardRestore(rest),
+            progress=ocp.args.JsonRestore()))
+        progress = found['progress']
+        best_dataset = progress.setdefault('best_dataset', dataset)  # version 1 did not note it
+        if dataset and best_dataset != dataset:
+            print(f'warning: the best validation loss was on dataset = {best_dataset!r}; it starts anew')
+            progress |= NO_BEST | {'best_dataset': dataset}
+        if progress['best_iter'] not in steps:  # somebody deleted it, or it was damaged
+            progress |= NO_BEST
+        self.best, self.best_loss = progress['best_iter'], progress['best_val_loss']
+        base = load_base(self.folder.parent, abstract['base'])
+        return {'params': found['params'], 'base': base, **found['rest']}, progress
+
+    @contextlib.contextmanager
+    def disk_errors(self):
+        """Turns errors about a full disk, which come in many types, into a RunError that says what to do. A RunError
+        waits for the save that is under way."""
+        hook = sys.unraisablehook
+        # Orbax's threads outlive its event loop after a failed write; silence what they print
+        sys.unraisablehook = lambda e: 'Event loop is closed' in str(e.exc_value) or hook(e)
+        try:
+            yield
+        except Exception as e:
+            disk_is_full = 'No space left' in str(e) or 'Disk quota' in str(e)
+            if disk_is_full or isinstance(e, RunError):
+                with contextlib.suppress(Exception):
+                    self.wait()
+            if not disk_is_full:
+                raise
+            intact = ', '.join(map(str, sorted(ocp.utils.checkpoint_steps(self.folder)))) or 'none yet'
+            raise RunError(f'no space left on the disk of {self.out_dir}; its earlier checkpoints are intact '
+                           f'({intact}). Make room, then python train.py --init_from=resume '
+                           f'--out_dir={self.out_dir}') from None
+
+
+def file_sums(checkpoint):
+    """SHA-256 of every file of a checkpoint's items, by name."""
+    files = [path for path in sorted(checkpoint.glob('*/**/*')) if path.is_file()]
+    digest = lambda path: hashlib.file_digest(path.open('rb'), 'sha256').hexdigest()
+    return {path.relative_to(checkpoint).as_posix(): digest(path) for path in files}
+
+
+def seal(checkpoints):
+    """Writes the sums of checkpoints that have none: Orbax does not notice all damage, such as a flipped bit. Orbax
+    calls this when a checkpoint's files are written and before the checkpoint gets its name."""
+    if jax.process_index() > 0:
+        return
+    for folder in Path(checkpoints).iterdir():
+        if folder.is_dir() and not (folder / 'sha256.json').exists():
+            (folder / 'sha256.json').write_text(json.dumps(file_sums(folder)))
+
+
+def damaged_file(checkpoint):
+    """The name of a file that has changed since the checkpoint was sealed, or None."""
+    try:
+        sealed, found = read_json(checkpoint / 'sha256.json'), file_sums(checkpoint)
+    except (ValueError, OSError):
+        return 'sha256.json'
+    return next((name for name in sealed if found.get(name) != sealed[name]), None) if sealed else 'sha256.json'
+
+
+def save_base(out_dir, base):
+    """Writes out_dir/base with its sums, in place of an earlier one."""
+    folder = Path(out_dir, 'base').absolute()
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder / 'params', base, force=True)
+    if jax.process_index() == 0:
+        (folder / 'sha256.json').write_text(json.dumps(file_sums(folder)))
+    sync_global_devices('base')
+
+
+def load_base(out_dir, abstract):
+    """The parameters in out_dir/base with the shardings of `abstract`; {} for {}. Raises ValueError if damaged."""
+    if not abstract:
+        return {}
+    folder = Path(out_dir, 'base').absolute()
+    if name := damaged_file(folder):
+        raise ValueError(f'{folder} is damaged ({name}), and the adapters are of no use without it')
+    return ocp.StandardCheckpointer().restore(folder / 'params', abstract)
