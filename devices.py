@@ -231,9 +231,31 @@ def memory_use(program):
                 new_state=use.output_size_in_bytes - use.alias_size_in_bytes)
 
 
+def memory_limit(root='/'):
+    """Bytes of memory that this process may use: the machine's, or what a container's cgroup or `ulimit -v` leaves of
+    it. A process that uses more is killed without a word. Tests give another `root`."""
+    limits = [psutil.virtual_memory().total]
+    with contextlib.suppress(OSError):  # not Linux
+        # a line is 0::/a/b, or 4:memory:/a/b in the older version of cgroups; the limits of a and of / count, too
+        for line in Path(root, 'proc/self/cgroup').read_text().splitlines():
+            _, controllers, path = line.split(':', 2)
+            folder, name = Path(root, 'sys/fs/cgroup'), 'memory.max'
+            if controllers:
+                folder, name = folder / controllers, 'memory.limit_in_bytes'
+            folder /= path.lstrip('/')
+            files = [parent / name for parent in (folder, *folder.parents)]
+            texts = [file.read_text().strip() for file in files if file.exists()]
+            limits += [int(text) for text in texts if text.isdecimal()]  # not 'max'
+    process = psutil.Process()
+    if hasattr(process, 'rlimit'):  # of `ulimit -v`, addresses that have no memory take a part
+        addresses, memory = process.rlimit(psutil.RLIMIT_AS)[0], process.memory_info()
+        limits += [addresses - memory.vms + memory.rss] if addresses != psutil.RLIM_INFINITY else []
+    return min(limits)
+
+
 def compile_for(mesh, lowered):
-    """Compiles a lowered program for a mesh. Raises MemoryError if it needs more than a device has:
-    otherwise a CPU's operating system would kill the process without a word."""
+    """Compiles a lowered program for a mesh. Raises MemoryError if it needs more than a device has, or a process on a
+    CPU may use."""
     on_cpu = mesh.devices.flat[0].platform == 'cpu'
     effort = {}
     if on_cpu and 'xla_backend_optimization_level' not in os.environ.get('XLA_FLAGS', ''):
@@ -243,7 +265,7 @@ def compile_for(mesh, lowered):
         program = lowered.compile(compiler_options=effort)
     needed = sum(memory_use(program).values())
     if on_cpu:  # simulated devices share the memory
-        limit, needed = psutil.virtual_memory().total, needed * mesh.size
+        limit, needed = memory_limit(), needed * len(mesh.local_devices) + psutil.Process().memory_info().rss
     else:
         limit = (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', math.inf)
     if needed > limit:
