@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 from conftest import run, start
-from dataset import open_dataset
+from dataset import eval_starts, open_dataset
 from model import GPTConfig
 from rundir import load_model, open_model, open_run
 from test_model import numpy_gpt, numpy_qwen3
@@ -738,6 +738,38 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(repo, offline):
         error = run(repo, f'data/{script}/prepare.py', file, code=1, FULL=str(full), **offline)
         assert len(error.splitlines()) == 1 and '[Errno 27] ' in error, error
         assert not [*(repo / 'data' / script).glob('*.tmp'), *(repo / 'hub').rglob('*.incomplete')]
+
+
+def fineweb_file(path, tokens, *header):
+    """Writes a file as FineWeb's tokens come. The header says what it should, or what is given."""
+    header = np.array([*(header or (20240520, 1, len(tokens))), *[0] * 253], '<i4')
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, '<u2').tobytes())
+
+
+def test_an_evaluation_of_fineweb_is_the_one_that_others_do(repo):
+    n = 10 * 2**20
+    val, *train = np.random.default_rng(0).integers(50257, size=(3, n + 5), dtype=np.uint16)
+    fineweb_file(repo / 'web/fineweb_val_000000.bin', val)
+    for i, tokens in enumerate(train, 1):
+        fineweb_file(repo / f'web/fineweb_train_00000{i}.bin', tokens)
+    run(repo, 'data/fineweb/prepare.py', '--files', 'web')
+    there = bins_of(repo / 'data/fineweb')
+    assert np.array_equal(there[0], np.concatenate(train)) and np.array_equal(there[1], val[:n + 1])
+    starts = eval_starts(there[1], (10, 1024), 1024)
+    assert starts.ravel().tolist() == [*range(0, n, 1024)]
+
+
+@pytest.mark.parametrize('tokens, header, message', [
+    ([1, 2], (), 'lacks fineweb_val_000000.bin'), ([50257], (), 'token 50257'), ([1, 2], (20240520, 1, 3), 'is cut off'),
+    ([1, 2], (20240520, 2, 2), 'does not begin with'), ([], (), 'holds 0 tokens')])
+def test_a_damaged_file_of_fineweb_is_one_line_and_leaves_nothing(repo, tmp_path, tokens, header, message):
+    fineweb_file(tmp_path / 'fineweb_train_000001.bin', tokens, *header)
+    if 'lacks' not in message:
+        fineweb_file(tmp_path / 'fineweb_val_000000.bin', [1, 2, 3])
+    before = files_in(repo / 'data/fineweb')
+    error = run(repo, 'data/fineweb/prepare.py', '--files', tmp_path, code=1)
+    assert len(error.splitlines()) == 1 and message in error and files_in(repo / 'data/fineweb') == before
 
 
 # -----------------------------------------------------------------------------
