@@ -133,10 +133,14 @@ def eval_starts(data, shape, block_size):
 
 def load_batch(data, starts, block_size, vocab_size, sharding):
     """The tokens (G, B, block_size + 1) that begin at `starts` (G, B), as an array with this sharding. A process reads
-    only what its own devices need. Raises ValueError for a token outside the vocabulary: JAX would silently clip it."""
+    only what its own devices need. Raises ValueError for a token outside the vocabulary, which JAX would silently clip,
+    and for a file that was cut meanwhile: to read mapped memory that is gone would kill the process."""
     def read(index):
+        if isinstance(data, np.memmap) and data.base.size() < data.nbytes:
+            raise ValueError(f'{data.filename} has lost its end since the run began: prepare the dataset again')
         tokens = data[starts[index[:2]][..., None] + np.arange(block_size + 1)]
         if tokens.max() >= vocab_size:
-            raise ValueError(f'{data.filename} holds token {tokens.max()}, but the vocabulary has {vocab_size}')
+            raise ValueError(f'{data.filename} holds token {tokens.max()}, but the vocabulary has {vocab_size}: prepare '
+                             'the dataset again')
         return tokens
     return jax.make_array_from_callback((*starts.shape, block_size + 1), sharding, read)

@@ -170,6 +170,7 @@ class StopSignal:
 
     def __init__(self, mesh):
         self.mesh, self.number, self.asked = mesh, 0, 0
+        self.why = ''  # what is broken, if that is the reason to stop
         for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
             number = getattr(signal, name, None)
             # `nohup` starts a process that ignores SIGHUP, and so it stays
@@ -179,6 +180,11 @@ class StopSignal:
     def output_closed(self):
         """Nobody reads the output any more. Not every system has a signal for that."""
         self.catch(getattr(signal, 'SIGPIPE', signal.SIGTERM))
+
+    def because(self, why):
+        """Something is broken: stop and save as for a signal."""
+        self.number = self.number or signal.SIGTERM
+        self.why = self.why or why
 
     def catch(self, number, frame=None):
         self.number = self.number or number

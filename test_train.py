@@ -321,6 +321,25 @@ def test_a_script_ends_without_a_word_when_nobody_reads_its_output_any_more_and_
     assert closed.returncode == 0 and closed.stderr == b'' and steps_in(repo / 'closed')[-1] == 13
 
 
+def test_data_that_turns_out_to_be_damaged_ends_a_run_after_saving_it(repo, whole):
+    """A token outside the vocabulary is found in the first 100 million before the run, later ones when it gets there."""
+    shutil.copytree(repo / 'data/tiny', repo / 'data/worn')
+    path = repo / 'data/worn/train.bin'
+    good = path.read_bytes()
+    overwrite = lambda: path.open('r+b').write(b'\xff' * len(good))
+    damages = (overwrite, 'holds token 65535'), (lambda: os.truncate(path, 2), 'has lost its end')
+    for args, (damage, message) in zip(([], ['--init_from=resume']), damages):
+        path.write_bytes(good)
+        process = start(repo, 'train.py', *ENDLESS, '--dataset=worn', '--out_dir=worn', *args)
+        out = read_until(process, 'iter')
+        damage()
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 1 and len(err.splitlines()) == 1 and message in err, out + err
+        assert steps_in(repo / 'worn')[-1] == int(log_of(repo / 'worn')[-1]['iter']) + 1
+    path.write_bytes(good)
+    resume(repo, 'worn', f'--max_iters={steps_in(repo / "worn")[-1]}')
+
+
 @unix
 def test_a_terminal_that_is_closed_ends_a_run_after_saving_it_unless_nohup_started_it(repo):
     import pty

@@ -144,6 +144,8 @@ with refuse(ValueError, OSError):
         config = adopt_shape(config, asdict(pretrained), typed, init_from)
         globals().update(config)
     data, meta = open_dataset(os.path.join(_here, 'data', dataset), block_size)
+    if sample_tokens:
+        tokenizer(meta['tokenizer'])  # is its vocabulary there?
     # (G, B): an iteration has G micro-batches of B sequences; and the same for an evaluation
     n_data = mesh.shape['data']
     batch_shape = micro_batches(gradient_accumulation_steps * batch_size, batch_size, n_data)
@@ -160,7 +162,13 @@ if any(meta[k] != known[k] for k in ('vocab_size', 'tokenizer')):
 
 
 def get_batch(split, starts):
-    return load_batch(data[split], starts, block_size, vocab_size, batch_sharding(mesh))
+    """None where the data turns out to be damaged. The run then saves and stops."""
+    try:
+        return load_batch(data[split], starts, block_size, meta['vocab_size'], batch_sharding(mesh))
+    except ValueError as e:
+        if jax.process_count() > 1:  # the others know nothing of it, and only all together can save
+            raise RunError(e) from None
+        stop.because(e)
 
 
 # -----------------------------------------------------------------------------
@@ -253,9 +261,10 @@ def estimate_loss():
     for split in losses:
         starts = eval_starts(data[split], eval_shape, block_size).reshape(-1, *eval_call)
         for part in tqdm(starts, f'evaluating on {split}', leave=False, disable=None):
+            tokens = get_batch(split, part)
             if stop.received():  # a resumed run evaluates again
                 return None
-            losses[split].append(float(evaluate(all_params(state), get_batch(split, part))))
+            losses[split].append(float(evaluate(all_params(state), tokens)))
     return {split: np.mean(parts) for split, parts in losses.items()}
 
 
@@ -304,6 +313,8 @@ with (refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_e
         # every step: forward, backward, update; while the devices work, log the step before
         starts = train_starts(data['train'], batch_shape, block_size, seed, iter_num)
         tokens = get_batch('train', starts)
+        if tokens is None:
+            break
         with profiled(iter_num - first_iter, os.path.join(out_dir, 'profile') if profile else None):
             state, metrics = step(state, tokens, lr, key)
         log.iteration(iter_num, lr, metrics)
@@ -323,6 +334,9 @@ with (refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_e
 log.summary(iter_num)
 if best_iter:
     log.say(f'best validation loss {best_val_loss:.4f} at step {best_iter}; python sample.py --out_dir={out_dir}')
+if stop.why:
+    go_on = '' if eval_only else f'; then go on with python train.py --init_from=resume --out_dir={out_dir}'
+    fail(f'{stop.why}{go_on}', code=1)
 if stop.number:
     log.say(f'stopped by {stop.name}; go on with python train.py --init_from=resume --out_dir={out_dir}')
     sys.exit(128 + stop.number)
