@@ -140,7 +140,10 @@ def check_tensors(tensors, wanted, fields, source):
         if tensors[name].get_shape() != shape:
             raise ValueError(f'{source}: the tensor {name} is {tensors[name].get_shape()}, and with its config.json '
                              f'should be {shape}')
+    [embedding] = in_file(('wte', 'weight'), (0, 0), fields['arch'])
     for name in sorted(tensors.keys() - wanted.keys()):
+        if name == 'lm_head.weight' and not np.array_equal(tensors[name][:], tensors[embedding][:]):
+            raise ValueError(f'{source}: lm_head.weight is not {embedding}: this GPT has one matrix for both')
         # allowed leftovers: the causal mask and the tied head of old files; zero biases that export.py wrote
         zero = name.endswith('.bias') and not fields.get('bias') and not np.any(tensors[name][:])
         old = name == 'lm_head.weight' or name.endswith(('.attn.bias', '.attn.masked_bias'))

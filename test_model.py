@@ -317,6 +317,7 @@ def test_a_context_can_be_cropped_and_not_stretched(tmp_path):
     (dict(extra={'transformer.h.2.ln_1.weight': np.ones(32)}), 'not of this model: h.2.ln_1.weight'),
     (dict(extra={'transformer.h.0.attn.c_attn.weight': np.ones((96, 32))}),
      r'h.0.attn.c_attn.weight is \[96, 32\], .* \[32, 96\]'),
+    (dict(extra={'lm_head.weight': np.ones((37, 32))}, old_names=False), 'lm_head.weight is not wte.weight'),
     (dict(vocab_size=38), r'wte.weight is \[37, 32\]'), (dict(n_positions=8), r'wpe.weight is \[16, 32\]'),
     (dict(activation_function='relu'), "activation_function = 'relu'"),
     (dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon = 1e-06'),
