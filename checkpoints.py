@@ -33,6 +33,12 @@ def write(path, text):
     os.replace(f'{path}.tmp', path)
 
 
+def saved_steps(out_dir):
+    """The numbers of iterations after which a run has saved a checkpoint, in order."""
+    folder = Path(out_dir, 'checkpoints').absolute()
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+
+
 def read_best(out_dir, steps):
     """The iteration that best.json names; None if there is no such file. Raises ValueError if it is damaged, or names a
     later checkpoint than all `steps` that are there: then files of the run are missing. Where it names an earlier one,
@@ -158,7 +164,7 @@ class Checkpoints:
                     self.wait()
             if not disk_is_full:
                 raise
-            intact = ', '.join(map(str, sorted(ocp.utils.checkpoint_steps(self.folder)))) or 'none yet'
+            intact = ', '.join(map(str, saved_steps(self.out_dir))) or 'none yet'
             raise RunError(f'no space left on the disk of {self.out_dir}; its earlier checkpoints are intact '
                            f'({intact}). Make room, then python train.py --init_from=resume '
                            f'--out_dir={self.out_dir}') from None

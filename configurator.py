@@ -12,6 +12,7 @@
 # The script gets some names from here:
 #   config                  a dict of all keys and their values
 #   given, typed            the keys that somebody set, and those of them that were options
+#   replaced                what a key was before its last change
 #   warn(message)           prints one line
 #   fail(message)           prints one line and exits with code 2
 #   refuse(*errors)         `with refuse(ValueError):` does that with errors that are raised inside
@@ -126,6 +127,8 @@ def _set(key, value, where):
     if type(value) is not want or want is float and not is_number:
         kind = 'an int' if want is int else f'a {want.__name__}'
         fail(f'{where}: {key} is {kind}, such as {config[key]!r}, not {value!r}')
+    if value != config[key]:
+        replaced[key] = config[key]
     config[key] = value
     given.add(key)
 
@@ -214,7 +217,7 @@ _defaults = _keys_of(_recipes_of) if '_recipes_of' in globals() else {}  # of th
 config = _keys_of(_more_keys) if _more_keys else {}
 config |= {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))}
 _left_alone = _defaults.keys() - config.keys()
-given, typed = set(), set()
+given, typed, replaced = set(), set(), {}
 if {'-h', '--help'} & set(sys.argv[1:]):
     print(_help(), flush=True)
     sys.exit(0)

@@ -11,6 +11,7 @@ lock           held by the process that trains
 
 When many processes train together, all of them write the checkpoints. Process 0 writes the rest.
 """
+import contextlib
 import errno
 import json
 import os
@@ -26,25 +27,27 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 import hf
 import lora
-from checkpoints import damaged_file, load_base, read_best, write
+from checkpoints import damaged_file, load_base, read_best, saved_steps, write
 from dataset import GPT2_META, check_meta, read_json
 from devices import choose_kernels
 from model import GPTConfig, abstract_params, build
 from step import on_one_device
 
 
-def lock_out_dir(out_dir):
+def lock_out_dir(out_dir, wait=0):
     """Makes out_dir this process's own. The object that is returned holds the lock, which ends with the process. Raises
-    ValueError if another process has it, OSError if it cannot be written."""
+    ValueError if another process has it and does not end within `wait` seconds, OSError if it cannot be written."""
     if jax.process_index() > 0:
         return None
     os.makedirs(out_dir, exist_ok=True)
     lock = filelock.FileLock(os.path.join(out_dir, 'lock'))
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f'out_dir = {out_dir!r} is in use by another training process') from None
-    return lock
+    for seconds in (0, wait):
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire(timeout=seconds)
+            return lock
+        if seconds < wait:
+            print(f'{out_dir} is in use by another training process: waiting up to {wait} s for its end', flush=True)
+    raise ValueError(f'out_dir = {out_dir!r} is in use by another training process')
 
 
 def clear_run(out_dir):
@@ -88,6 +91,13 @@ def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):
         raise ValueError(f'init_from = {init_from!r} is out_dir, too: a run cannot replace the one that it starts from')
 
 
+def resume_or(start, out_dir, overwrite=False):
+    """What init_from = 'auto' stands for: 'resume' if out_dir holds a run, else `start`. Raises ValueError."""
+    if overwrite:
+        raise ValueError("init_from = 'auto' goes on with a run, overwrite = True replaces it: leave one of them out")
+    return 'resume' if os.path.exists(os.path.join(out_dir, 'config.json')) else start
+
+
 def check_not_nanogpts(path):
     """Raises ValueError where nanoGPT has left a checkpoint, or if `path` is one."""
     checkpoint = Path(path) if str(path).endswith('.pt') else Path(path, 'ckpt.pt')
@@ -119,10 +129,13 @@ def read_run(out_dir):
     return saved
 
 
-def resume_config(out_dir, config, given):
+def resume_config(out_dir, config, given, typed):
     """(config, saved): the settings with which a run goes on, and its config.json. They are the run's own, except for
-    the keys that are `given` now. Raises ValueError if there is no run, or if the model would change."""
+    the keys that are `given` now, of which some were `typed`. Raises ValueError if there is no run, or if the model
+    would change."""
     saved = read_run(out_dir)
+    if saved['config'].get('init_from', 'scratch') != 'scratch':  # a recipe gives way to the weights, as at the start
+        given = given - set(SHAPE) | typed
     for key, value in saved['config'].items():
         if key in config and type(value) is not type(config[key]):
             raise ValueError(f"{os.path.join(out_dir, 'config.json')} is damaged: {key} = {value!r}")
@@ -193,7 +206,7 @@ def open_run(out_dir, checkpoint='best'):
     config = GPTConfig(**saved['model_args'])
     out_dir = Path(out_dir).absolute()
     checkpoints = out_dir / 'checkpoints'
-    steps = ocp.utils.checkpoint_steps(checkpoints) if checkpoints.exists() else []
+    steps = saved_steps(out_dir)
     best = read_best(out_dir, steps) if checkpoint == 'best' else None
     if not steps:
         raise ValueError(f'{out_dir} holds no checkpoint yet')

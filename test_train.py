@@ -79,7 +79,7 @@ def refused(repo, monkeypatch, capsys):
     before any file is touched. That takes no process of its own."""
     monkeypatch.chdir(repo)
     monkeypatch.setattr('jax.distributed.initialize', lambda **how: None)  # JAX has begun to compute here
-    monkeypatch.setattr('rundir.lock_out_dir', lambda out_dir: pytest.fail('this was not refused'))
+    monkeypatch.setattr('rundir.lock_out_dir', lambda *args, **how: pytest.fail('this was not refused'))
     state = lambda: {path: path.stat().st_mtime_ns for path in repo.rglob('*') if '__pycache__' not in path.parts}
 
     def refused(script, *args):
@@ -225,7 +225,7 @@ def test_another_dataset_has_another_best_loss(repo, whole):
     best, before = (json.loads((out_dir / 'best.json').read_text()) for out_dir in (repo / 'moved', whole))
     assert best['iter'] in (15, 20) and best['val_loss'] > before['val_loss'] + 0.3
     out = resume(repo, 'moved')
-    assert 'starts anew' not in out and 'the run was finished' in out
+    assert 'starts anew' not in out and 'the run was finished' in out and 'compiling' not in out
 
 
 def test_best_json_never_names_a_checkpoint_that_is_not_whole(repo):
@@ -816,11 +816,13 @@ def test_finetuning_begins_with_the_best_model_of_a_run(repo, base):
     best = json.loads((repo / 'base/best.json').read_text())['val_loss']
     # a recipe gives way to the model, an option doesn't
     (repo / 'wider.py').write_text('n_embd = 64\nblock_size = 1024\n')
-    out = run(repo, 'train.py', *LORA, 'wider.py', '--lora_rank=0', '--out_dir=tuned', '--block_size=16',
-              '--max_iters=20')
+    auto = [*LORA, 'wider.py', '--lora_rank=0', '--out_dir=tuned', '--block_size=16', '--max_iters=20',
+            '--init_from=auto']  # to the right of --init_from=base, with which it starts
+    out = run(repo, 'train.py', *auto)
     losses = losses_in(out, 'val')
     assert 'Initializing from base' in out and losses[0] == pytest.approx(best, abs=1e-4) and min(losses) < best - 0.05
     assert json.loads((repo / 'tuned/config.json').read_text(encoding='utf-8'))['model_args']['n_embd'] == 16
+    assert 'the run was finished' in run(repo, 'train.py', *auto)
 
 
 def test_lora_changes_no_bit_of_its_base_and_saves_only_adapters(repo, base, adapted):
@@ -951,15 +953,14 @@ def test_an_exported_bpe_tokenizer_gives_tiktokens_ids(repo):
 
 
 def test_kill_9_at_any_moment_loses_nothing(repo):
-    """Killed again and again, also while it writes checkpoints, the run ends as one that was never stopped.
+    """Killed again and again, also while it writes checkpoints, and started again by the same command, the run ends as
+    one that was never stopped.
     More rounds: KILL_ROUNDS=100 python -m pytest -q -s test_train.py -k kill_9"""
     rng, out_dir, rounds = np.random.default_rng(0), repo / 'killed', int(os.environ.get('KILL_ROUNDS', 2))
     args = ['config/modern.py', *TINY, '--eval_iters=1', '--lr_decay_iters=1000']  # Muon has a state of its own
     killed_while_saving = 0
     for n in range(rounds):
-        begun = (out_dir / 'config.json').exists()  # if not, it was killed before it began, and begins again
-        process = start(repo, 'train.py', *(['--init_from=resume'] if begun else args), f'--out_dir={out_dir}',
-                        '--max_iters=1000000', '--device=cpu')
+        process = start(repo, 'train.py', *args, f'--out_dir={out_dir}', '--max_iters=1000000', '--init_from=auto')
         if n == 0:
             read_until(process, 'iter 12:')  # the first time, on any machine, it gets as far as some checkpoints
         try:
@@ -1011,12 +1012,17 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(repo):
         subprocess.run(['umount', disk], check=True)
 
 
-def test_a_second_process_is_refused(repo):
-    process = start(repo, 'train.py', *ENDLESS, '--out_dir=shared')
-    read_until(process, 'iter 3:')
+def test_a_second_process_is_refused_or_waits_for_the_end_of_the_first_and_goes_on(repo):
+    auto = [*TINY, '--out_dir=shared', '--init_from=auto', '--eval_interval=1']
+    first = start(repo, 'train.py', *auto, '--max_iters=100000')
+    read_until(first, 'iter 3:')
     assert 'in use by another' in run(repo, 'train.py', *TINY, '--out_dir=shared', '--overwrite=True', code=2)
-    process.kill()
-    process.communicate()
+    second = start(repo, 'train.py', *auto, '--max_iters=1000')
+    read_until(second, 'shared is in use by another training process: waiting')
+    for process, line in (first, 'iter'), (second, 'Resuming training from shared'):
+        read_until(process, line)
+        process.kill()
+        process.communicate()
 
 
 EXPLODES = [*TINY, '--dtype=float16', '--learning_rate=1000.0', '--warmup_iters=0', '--decay_lr=False',
@@ -1235,6 +1241,7 @@ def bad(begin, **values):
     ([*TRAIN, '--coordinator=host:1', '--num_processes=2'], '--process_id=2', 'process_id = 2: must be from 0 to 1'),
     (TRAIN, '--init_from=resume', 'there is nothing to resume'), (TRAIN, '--out_dir=verse.txt/run', 'verse.txt/run'),
     (RESUME, '--out_dir=no-settings', 'there is nothing to resume'),
+    ([*RESUME, '--init_from=auto'], '--overwrite=True', 'leave one of them out'),
     *((RESUME, f'--{key}={new}', f'{key} = {new}: the run in whole has {key} = {old}, which cannot change')
       for key, new, old in (('n_layer', 3, 1), ('bias', True, False), ('arch', 'qwen3', 'gpt2'),
                             ('optimizer', 'muon', 'adamw'), ('lora_rank', 4, 0))),

@@ -5,6 +5,7 @@ Trains a GPT on whatever devices JAX finds: a laptop's CPU, one GPU, eight, or a
     python train.py config/train_shakespeare_char.py --batch_size=32      # config files, then --key=value
     python train.py config/train_shakespeare_char.py config/laptop.py     # the same, small enough for a CPU
     python train.py --init_from=resume --out_dir=out-shakespeare-char     # go on where a run stopped
+    python train.py config/train_gpt2.py --init_from=auto     # go on if there is a run, else start: for job queues
     python train.py config/finetune_shakespeare.py --init_from=gpt2 --lora_rank=8      # finetune GPT-2
     python sample.py --out_dir=out-shakespeare-char
 """
@@ -21,7 +22,7 @@ log_interval = 1
 eval_iters = 200  # batches of each split in an evaluation; the same ones every time
 eval_only = False  # stop right after the first evaluation
 always_save_checkpoint = True  # save at every evaluation; if False, only when the validation loss improves
-init_from = 'scratch'  # 'scratch', 'resume', 'gpt2' to 'gpt2-xl', or a path: a run directory or GPT-2's files
+init_from = 'scratch'  # 'scratch', 'resume', 'gpt2' to 'gpt2-xl', or a path: a run directory or GPT-2's files; or 'auto'
 sample_tokens = 0  # print a text of so many tokens at every evaluation
 # wandb logging
 wandb_log = False
@@ -89,7 +90,7 @@ import numpy as np
 from tqdm import tqdm
 
 import lora
-from checkpoints import NO_BEST, Checkpoints, RunError, save_base
+from checkpoints import NO_BEST, Checkpoints, RunError, save_base, saved_steps
 from dataset import dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded, tokenizer, train_starts
 from devices import (StopSignal, best_dtype, choose_kernels, compile_for, find_devices, join_processes, keep_compiled,
                      make_mesh, memory_errors, only_process_0_prints, profiled, side_by_side)
@@ -97,15 +98,19 @@ from engine import generate
 from log import Log, log_in_to_wandb, start_wandb
 from model import GPTConfig, build
 from optim import get_lr, make_optimizer
-from rundir import adopt_shape, check_out_dir, clear_run, lock_out_dir, open_model, resume_config, save_config
+from rundir import (adopt_shape, check_out_dir, clear_run, lock_out_dir, open_model, resume_config, resume_or,
+                    save_config)
 from step import (Setup, abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu,
                   eval_step, num_params, on_mesh, state_creator, train_step)
 
 # a resumed run keeps its own settings, except for those that are given now
 with refuse(ValueError, OSError):
+    auto = init_from == 'auto'  # start or resume; the recipe says how to start
+    if auto:
+        config['init_from'] = init_from = resume_or(replaced.get('init_from', 'scratch'), out_dir, overwrite)
     check_out_dir(out_dir, init_from, overwrite, eval_only)
     if init_from == 'resume':
-        config, saved = resume_config(out_dir, config, given)
+        config, saved = resume_config(out_dir, config, given, typed)
         globals().update(config)
     if wandb_log:
         log_in_to_wandb()
@@ -197,7 +202,8 @@ if lora_rank:
     print(lora.table(abstract['params'], abstract['base'], model_config))
 step = partial(train_step, setup=setup)
 evaluate = partial(eval_step, config=model_config)
-if not debug_nans:
+finished = init_from == 'resume' and not eval_only and max(saved_steps(out_dir), default=0) > max_iters
+if not (debug_nans or finished):  # else JAX compiles what is called
     print('compiling...', flush=True)
     with refuse(MemoryError, ValueError):
         create, step, evaluate = side_by_side(
@@ -210,7 +216,8 @@ if not debug_nans:
 
 with refuse(ValueError, OSError):
     if not eval_only:  # from here on out_dir is this process's own
-        lock = lock_out_dir(out_dir)
+        lock = lock_out_dir(out_dir, wait=120 if auto else 0)
+        check_out_dir(out_dir, init_from, overwrite)  # another process may have begun a run meanwhile
         if init_from != 'resume':
             clear_run(out_dir)
     checkpoints = Checkpoints(out_dir, read_only=eval_only)
