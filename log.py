@@ -57,6 +57,7 @@ class Log:
         self.max_skipped = max_skipped
         self.stop = stop
         self.wandb_run = wandb_run
+        self.warned = set()
         self.file = self.running_mfu = self.pending = None
         if writes and jax.process_index() == 0:
             lines = [','.join(self.columns) + '\n']
@@ -65,7 +66,7 @@ class Log:
                 lines += [line for line in text.splitlines(keepends=True) if self.iter_of(line) < first_iter]
             write(self.path, ''.join(lines))
             self.file = open(self.path, 'a', buffering=1, encoding='utf-8')
-        self.start_time = self.last_time = self.last_plot = time.time()
+        self.start_time = self.last_time = self.last_plot = time.perf_counter()
         self.bar = tqdm(total=max_iters + 1, initial=first_iter, unit='it', disable=None, dynamic_ncols=True)
 
     def iter_of(self, line):
@@ -80,7 +81,25 @@ class Log:
         return self
 
     def __exit__(self, *error):
-        self.bar.close()
+        """Leaves nothing open: a notebook's process goes on."""
+        with self.harmless('the progress bar'):
+            self.bar.close()
+        with self.harmless('wandb'):
+            if self.wandb_run:
+                self.wandb_run.finish(exit_code=int(error[0] is not None))
+        with self.harmless('log.csv'):
+            if self.file:
+                self.file.close()
+
+    @contextlib.contextmanager
+    def harmless(self, what):
+        """No number, line or picture may end a run: what goes wrong inside is said, once."""
+        try:
+            yield
+        except Exception as e:
+            if what not in self.warned:
+                self.warned.add(what)
+                self.say(f'warning: {what}: {type(e).__name__}: {e}'.partition('\n')[0])
 
     def say(self, text):
         """Prints without tearing the progress bar."""
@@ -103,14 +122,15 @@ class Log:
         n, lr, metrics = self.pending
         self.pending = None
         metrics = {k: float(v) for k, v in metrics.items()}
-        now = time.time()
-        dt = now - self.last_time
+        now = time.perf_counter()
+        dt = max(now - self.last_time, 1e-9)  # a clock may not have moved
         self.last_time = now
         tokens_per_s = self.tokens_per_iter / dt
         mfu = self.mfu(tokens_per_s)
         if mfu and n - self.first_iter >= 5:  # let the training loop settle a bit
             self.running_mfu = 0.9 * self.running_mfu + 0.1 * mfu if self.running_mfu else mfu
-        self.bar.update(1)
+        with self.harmless('the progress bar'):
+            self.bar.update(1)
         if n % self.log_interval == 0:
             mfu = f'{100 * self.running_mfu:.2f}%' if self.running_mfu else 'n/a'
             skipped = f", skipped {metrics['skipped']:.0f}" if metrics['skipped'] else ''
@@ -121,7 +141,7 @@ class Log:
         if metrics['skipped_in_a_row'] >= self.max_skipped:
             raise RunError(
                 f'the gradients of {self.max_skipped} iterations in a row, up to {n}, were not finite, and their '
-                'updates were skipped. The checkpoints are good. Try a lower learning_rate, more warmup_iters, '
+                'updates were skipped. What was saved before is good. Try a lower learning_rate, more warmup_iters, '
                 '--dtype=float32, or --debug_nans=True to see where')
 
     @contextlib.contextmanager
@@ -129,31 +149,34 @@ class Log:
         """What happens inside is not part of an iteration's time."""
         self.flush()
         yield
-        self.last_time = time.time()
+        self.last_time = time.perf_counter()
 
     def evaluation(self, n, losses, lr):
         self.say(f"step {n}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        if self.wandb_run:
-            self.wandb_run.log({'iter': n, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
-                                'mfu': 100 * (self.running_mfu or 0)}, step=n)
+        self.to_wandb({'iter': n, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
+                       'mfu': 100 * (self.running_mfu or 0)})
         self.row(iter=n, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
-        if time.time() - self.last_plot > 30:  # a picture takes as long as some iterations
+        if time.perf_counter() - self.last_plot > 30:  # a picture takes as long as some iterations
             self.plot()
-            self.last_plot = time.time()
+            self.last_plot = time.perf_counter()
+
+    def to_wandb(self, values):
+        with self.harmless('wandb'):
+            if self.wandb_run:
+                self.wandb_run.log(values, step=values['iter'])
 
     def row(self, **row):
-        if self.file:
-            self.file.write(','.join(f'{row[c]:.7g}' if c in row else '' for c in self.columns) + '\n')
+        with self.harmless('log.csv'):
+            if self.file:
+                self.file.write(','.join(f'{row[c]:.7g}' if c in row else '' for c in self.columns) + '\n')
 
     def plot(self):
-        """Draws loss.png. A picture must not end a run, so an error is only reported."""
-        try:
+        with self.harmless('loss.png'):
             if self.file:
                 self.draw()
-        except Exception as e:
-            self.say(f'warning: loss.png cannot be drawn ({type(e).__name__}: {e})')
 
     def draw(self):
+        """Draws loss.png."""
         from matplotlib.figure import Figure  # without pyplot there is no window system to look for
         log = np.genfromtxt(self.path, delimiter=',', names=True, ndmin=1)
         figure = Figure(figsize=(8, 5))
@@ -176,7 +199,7 @@ class Log:
         os.replace(f'{png}.tmp', png)
 
     def summary(self, iter_num):
-        seconds = time.time() - self.start_time
+        seconds = max(time.perf_counter() - self.start_time, 1e-9)
         n = iter_num - self.first_iter
         tokens = n * self.tokens_per_iter
         self.say(f'{n:,} iterations in {seconds:.1f}s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s')

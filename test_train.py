@@ -25,7 +25,9 @@ import numpy as np
 import pytest
 
 from conftest import run, start
+from checkpoints import RunError
 from dataset import eval_starts, open_dataset
+from log import Log
 from model import GPTConfig
 from rundir import load_model, open_model, open_run
 from test_model import numpy_gpt, numpy_qwen3
@@ -256,8 +258,28 @@ def test_the_log_forgets_damaged_rows_and_what_a_resumed_run_does_again_and_no_p
     (repo / 'again/log.csv').write_bytes(b''.join(lines) + b'13,2.')  # a crash cut the last row off
     (repo / 'again/loss.png').unlink()
     (repo / 'again/loss.png').mkdir()
-    assert 'warning: loss.png cannot be drawn' in resume(repo, 'again')
+    assert 'warning: loss.png: IsADirectoryError' in resume(repo, 'again')
     assert_same_run(repo / 'again', whole)
+
+
+def test_no_clock_bar_disk_or_service_ends_a_run_and_each_is_reported_once(tmp_path, monkeypatch, capsys):
+    def broken(*args, **how):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('time.perf_counter', lambda: 0.0)  # Windows had a clock that moved 64 times a second
+    monkeypatch.setattr('log.tqdm.update', broken)
+    service = type('Service', (), {'log': broken, 'finish': broken})()
+    with Log(tmp_path, 0, 9, 1, 128, lambda speed: speed, 2, None, service) as log:
+        log.file = type('Full', (), {'write': broken, 'close': broken})()
+        for n in range(6):
+            log.iteration(n, 1e-3, dict(loss=1e300 * 10**n, grad_norm=np.nan, skipped=n, skipped_in_a_row=n // 5))
+            log.evaluation(n, dict(train=np.inf, val=np.nan), 1e-3)
+        with pytest.raises(RunError, match='were skipped. What was saved before is good. Try'):
+            log.iteration(6, 1e-3, dict(loss=np.nan, grad_norm=np.nan, skipped=6, skipped_in_a_row=2))
+            log.flush()
+    log.summary(6)
+    out = capsys.readouterr().out
+    assert out.count('\niter ') == 7 and '6 iterations in' in out
+    assert [out.count(f'warning: {what}: ') for what in ('the progress bar', 'wandb', 'log.csv')] == [1, 1, 1]
 
 
 def test_a_new_run_replaces_an_old_one_only_where_that_is_said(repo, whole, refused):
