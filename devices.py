@@ -9,6 +9,7 @@ import platform
 import re
 import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -163,13 +164,17 @@ def array_max(numbers):
     return numbers.max()
 
 
+TIME_IS_UP = 14  # the number of SIGALRM, which Windows has not
+
+
 class StopSignal:
     """Catches Ctrl-C (SIGINT), SIGTERM and, where there is one, the SIGHUP of a terminal that is
     closed, so that the loop can finish its iteration and save. A second SIGINT or SIGTERM ends the
-    process at once."""
+    process at once. It also stops when the time, in seconds of time.monotonic(), is up."""
 
-    def __init__(self, mesh):
+    def __init__(self, mesh, deadline=math.inf):
         self.mesh, self.number, self.asked = mesh, 0, 0
+        self.deadline = deadline
         self.why = ''  # what is broken, if that is the reason to stop
         for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
             number = getattr(signal, name, None)
@@ -193,12 +198,14 @@ class StopSignal:
 
     @property
     def name(self):
-        return signal.Signals(self.number).name
+        return 'max_minutes' if self.number == TIME_IS_UP else signal.Signals(self.number).name
 
     def received(self):
         """The signal that some process has caught, 0 if none. All processes must call this equally
         often: they get what all of them knew one call ago, so nobody waits and all stop at the same
         iteration."""
+        if time.monotonic() > self.deadline:
+            self.number = self.number or TIME_IS_UP
         if jax.process_count() > 1:
             known, self.asked = int(self.asked), max_over_processes(self.number, self.mesh)
             if not known:

@@ -65,8 +65,8 @@ def clear_run(out_dir):
 # settings
 
 # settings of the machine and of one command, which a resumed run takes from the command line
-OF_THE_MACHINE = {'out_dir', 'init_from', 'eval_only', 'overwrite', 'device', 'mesh_data', 'mesh_tensor', 'fsdp',
-                  'coordinator', 'num_processes', 'process_id', 'compile_cache', 'profile', 'debug_nans'}
+OF_THE_MACHINE = {'out_dir', 'init_from', 'eval_only', 'overwrite', 'max_minutes', 'device', 'mesh_data', 'mesh_tensor',
+                  'fsdp', 'coordinator', 'num_processes', 'process_id', 'compile_cache', 'profile', 'debug_nans'}
 # the model's arguments that may change when a run is resumed
 MAY_CHANGE = {'dropout', 'dtype', 'kernels', 'remat', 'loss_chunks'}
 # the model's arguments that pretrained weights decide

@@ -11,7 +11,9 @@ Trains a GPT on whatever devices JAX finds: a laptop's CPU, one GPU, eight, or a
 """
 import os
 import sys
+import time
 
+_started = time.monotonic()
 _here = os.path.dirname(os.path.abspath(__file__))
 # -----------------------------------------------------------------------------
 # config: these values train GPT-2 (124M) on OpenWebText
@@ -48,6 +50,7 @@ lora_alpha = 16.0  # the adapters are multiplied by lora_alpha / lora_rank
 optimizer = 'adamw'  # 'adamw', or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 6e-4  # max learning rate
 max_iters = 600000
+max_minutes = 0.0  # save and end, with exit code 142, after so many minutes; 0.0: don't
 max_skipped = 20  # an update whose gradients are not finite is skipped; stop after so many in a row
 weight_decay = 1e-1
 beta1 = 0.9  # Muon's momentum, too
@@ -117,10 +120,11 @@ with refuse(ValueError, OSError):
     dataset = config['dataset'] = dataset_name(dataset)
 check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6), sample_tokens=(0, 10**6),
       gradient_accumulation_steps=(1, 10**6), batch_size=(1, 10**6), learning_rate=(0, 10**3), max_iters=(0, 10**12),
-      max_skipped=(1, 10**9), weight_decay=(0, 10**3), beta1=(0, 0.999999), beta2=(0, 0.999999), grad_clip=(0, 10**6),
-      warmup_iters=(0, 10**12), lr_decay_iters=(0, 10**12), min_lr=(0, 10**3), seed=(0, 2**32 - 1),
-      mesh_data=(-1, 10**6), mesh_tensor=(1, 10**6), num_processes=(1, 10**6), process_id=(0, num_processes - 1),
-      lr_schedule=('cosine', 'linear'), kernels=('', 'plain'))
+      max_minutes=(0, 10**9), max_skipped=(1, 10**9), weight_decay=(0, 10**3), beta1=(0, 0.999999),
+      beta2=(0, 0.999999), grad_clip=(0, 10**6), warmup_iters=(0, 10**12), lr_decay_iters=(0, 10**12),
+      min_lr=(0, 10**3), seed=(0, 2**32 - 1), mesh_data=(-1, 10**6), mesh_tensor=(1, 10**6),
+      num_processes=(1, 10**6), process_id=(0, num_processes - 1), lr_schedule=('cosine', 'linear'),
+      kernels=('', 'plain'))
 origin = saved['config'].get('init_from', 'scratch') if init_from == 'resume' else init_from
 if lora_rank and origin == 'scratch':
     warn(f'lora_rank = {lora_rank} on random weights shows how LoRA works, but adapters alone learn little')
@@ -253,7 +257,7 @@ if wandb_log and jax.process_index() == 0:
     with refuse(ValueError):
         wandb_run = start_wandb(wandb_project, wandb_run_name, config, wandb_id)
     wandb_id = wandb_run.id
-stop = StopSignal(mesh)
+stop = StopSignal(mesh, deadline=_started + 60 * (max_minutes or math.inf))
 mfu = lambda tokens_per_s: estimate_mfu(model_config, n_params, n_frozen, tokens_per_s, devices)
 with refuse(OSError):
     log = Log(out_dir, iter_num, max_iters, log_interval, tokens_per_iter, mfu, max_skipped, stop, wandb_run,
