@@ -223,6 +223,16 @@ def test_an_edited_attention_trains_samples_from_the_cache_and_runs_on_a_mesh(na
     jax.clear_caches()
 
 
+def test_an_edited_generate_writes_the_text_instead_of_the_engine(tmp_path):
+    append = 'idx = jnp.concatenate([idx, {}token[:, None]], 1)'
+    zeros = edited_model(tmp_path, append.format(''), append.format('0 * '))
+    fast = zeros.build(zeros.GPTConfig(**dataclasses.asdict(CONFIG) | {'kernels': 'cpu'}), init_params(CONFIG, 0))
+    text = engine.generate(fast, [[1, 2, 3]], 5, key=KEY)
+    assert text.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0]]
+    # the engine draws with sample_token, too: where that is edited, it goes on
+    assert not kernels.edited_generate(edited_model(tmp_path, 'logits.argmax(-1)', 'logits.argmin(-1)').GPT)
+
+
 def test_a_comment_is_no_edit_and_a_change_in_what_a_function_calls_is_one(tmp_path):
     same = edited_model(tmp_path, SCORES, SCORES + '  # the future is hidden')
     assert all(fingerprint_in(same, name) == made for name, made in kernels.MADE_FOR.items())
