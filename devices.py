@@ -88,6 +88,7 @@ def choose_kernels(config, devices, flash=True, kernels=''):
     except ImportError:
         return replace(config, kernels='plain'), ', plain functions (there is no kernels.py)'
     if names := edited(kernels):
+        text = '' if 'attention' in names else text  # then it is not FlashAttention that runs
         text += f'; edited in model.py, so without their kernels: {", ".join(names)}'
     return replace(config, kernels=kernels), text
 
