@@ -20,7 +20,7 @@ def read_json(path):
     """The dict in a JSON file. Raises ValueError if there is none in it."""
     try:
         value = json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError:
+    except (ValueError, RecursionError):  # also for a number of 5000 digits, and for brackets nested as deep
         value = None
     if not isinstance(value, dict):
         raise ValueError(f'{path} is not a JSON object')

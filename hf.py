@@ -50,12 +50,15 @@ def read_config(folder):
     path = folder / 'config.json'
     theirs = read_json(path)
     arch = theirs.get('model_type', 'gpt2')
-    if arch not in NAMES:
+    if arch not in [*NAMES]:  # it may be anything
         raise ValueError(f'{path}: model_type = {arch!r}: this GPT has {" and ".join(NAMES)} only')
     if arch == 'gpt2':
         theirs = {'bias': True} | theirs | {'n_inner': theirs.get('n_inner') or 0}
     else:  # rope_theta has a newer and an older place
-        theirs |= theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}
+        rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f'{path}: rope_parameters = {rope!r} is not an object')
+        theirs |= rope
     fields = {}
     for key, name in NAMES[arch].items():
         if name not in theirs:
@@ -91,7 +94,10 @@ def open_pretrained(name_or_directory):
     fields = read_config(folder)
     files = ['model.safetensors']
     if (index := folder / 'model.safetensors.index.json').exists():
-        files = sorted(set(read_json(index).get('weight_map', {}).values()))
+        where = read_json(index).get('weight_map')
+        if not isinstance(where, dict) or not all(isinstance(x, str) and Path(x).name == x for x in where.values()):
+            raise ValueError(f'{index}: its weight_map does not map names of tensors to names of files in this folder')
+        files = sorted(set(where.values()))
     if missing := next((file for file in files if not (folder / file).is_file()), None):
         if list(folder.glob('pytorch_model*.bin')):
             raise ValueError(

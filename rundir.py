@@ -187,7 +187,10 @@ def open_model(source, checkpoint='best'):
     fields, tensors = hf.open_pretrained(source)
     config = GPTConfig(**fields)
     hf.check_tensors(tensors, abstract_params(config), fields, source)
-    meta = read_json(folder / 'meta.json') if (folder / 'meta.json').exists() else GPT2_META
+    meta = GPT2_META
+    if (folder / 'meta.json').exists():
+        meta = read_json(folder / 'meta.json')
+        check_meta(meta, folder / 'meta.json')
     if meta['vocab_size'] > config.vocab_size:
         raise ValueError(f'{source} has a vocabulary of {config.vocab_size}, which is not the {meta["vocab_size"]} of '
                          'its tokenizer: put a meta.json there, such as a dataset has, that names its own')

@@ -280,7 +280,7 @@ def gpt2_files(folder, config, prefix='transformer.', parts=1, dtype=np.float32,
           'n_positions': config.block_size, 'n_embd': C, 'n_layer': config.n_layer, 'n_head': config.n_head,
           'vocab_size': config.vocab_size, 'attn_pdrop': 0.1} | changes
     (folder / 'config.json').write_text(json.dumps({k: v for k, v in hf.items() if v is not None}))
-    (folder / 'meta.json').write_text(json.dumps({'vocab_size': config.vocab_size, 'tokenizer': {}}))
+    (folder / 'meta.json').write_text(json.dumps({'vocab_size': config.vocab_size, 'tokenizer': {'kind': 'tiktoken', 'name': ''}}))
     key = lambda name: tuple(int(part) if part.isdigit() else part for part in name.split('.'))
     return unflatten_mapping({key(name): x.astype(np.float32) for name, x in weights.items()})
 
@@ -354,6 +354,24 @@ def test_a_vocabulary_that_nobody_describes_is_refused(tmp_path):
     meta = {'vocab_size': 37, 'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(65, 102)))}}
     (tmp_path / 'meta.json').write_text(json.dumps(meta))
     assert open_model(tmp_path)[1] == meta
+
+
+@pytest.mark.parametrize('file, content, message', [
+    ('config.json', '{"a":' * 200_000, 'config.json is not a JSON object'),
+    ('config.json', '{"n_layer": 1' + '0' * 5000 + '}', 'config.json is not a JSON object'),
+    ('config.json', '{"model_type": {}}', 'model_type = {}'),
+    ('config.json', '{"model_type": "qwen3", "rope_scaling": 3}', 'rope_parameters = 3'),
+    ('meta.json', '[' * 200_000, 'meta.json is not a JSON object'), ('meta.json', '{}', 'meta.json lacks vocab_size'),
+    ('meta.json', '{"vocab_size": "37", "tokenizer": {"kind": "tiktoken", "name": "gpt2"}}', 'lacks vocab_size'),
+    ('meta.json', '{"vocab_size": 37, "tokenizer": 3}', 'meta.json lacks'),
+    *(('model.safetensors.index.json', f'{{"weight_map": {x}}}', 'weight_map')
+      for x in ('3', '[]', 'null', '{"wte.weight": 3}', '{"wte.weight": "../model.safetensors"}')),
+], ids=lambda x: x[:40])
+def test_json_files_may_hold_anything(tmp_path, file, content, message):
+    gpt2_files(tmp_path, TINY)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        open_model(tmp_path)
 
 
 def test_without_a_network_gpt2_says_what_to_put_where(tmp_path):
