@@ -1,6 +1,7 @@
 """
 What there is to compute with: devices, processes, the mesh, which kernels pay there, and compiling for it.
 """
+import atexit
 import contextlib
 import functools
 import math
@@ -8,9 +9,12 @@ import os
 import platform
 import re
 import signal
+import socket
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,22 +129,94 @@ def make_mesh(devices, data=-1, tensor=1):
 # many processes, one for each host or each GPU
 
 
-def join_processes(coordinator='', num_processes=1, process_id=0):
-    """Joins the processes that train together: process `process_id` of `num_processes`, with the
-    address of process 0, HOST:PORT, as the `coordinator`. Without one, Slurm, Open MPI or a TPU pod
-    may tell; if none does, this process is alone. Must run before JAX does anything else. Raises
-    ValueError, or RuntimeError if the others do not come within five minutes."""
+def find_others(coordinator, num_processes, process_id):
+    """(coordinator, num_processes, process_id, numbers of the GPUs that are this process's, None for all): as given, or
+    without a coordinator as JAX learns them from Slurm, Open MPI, Kubernetes or a TPU pod. num_processes is 1 where
+    nobody tells of others. Raises RuntimeError where somebody does, but process 0 is not to be found."""
+    env = os.environ
+    given = (coordinator, num_processes, process_id) if coordinator else ('later', None, None)
+    try:
+        from jax._src.clusters import ClusterEnv  # jax.distributed.initialize() uses it, too late for us
+        detect = lambda *known: ClusterEnv.auto_detect_unset_distributed_params(*known, None, None, 300)
+        if 'SLURM_STEP_NUM_TASKS' in env and 'OMPI_COMM_WORLD_SIZE' not in env:
+            # JAX would wait for all tasks of a job in the shell of salloc, and give all steps of a job the same port
+            env['SLURM_NTASKS'] = env['SLURM_STEP_NUM_TASKS']
+            port = 61440 + (int(env['SLURM_JOB_ID']) + 61 * int(env['SLURM_STEP_ID'])) % 4096
+            env.setdefault('JAX_COORDINATOR_PORT', str(port))
+        with warnings.catch_warnings(action='ignore'):
+            _, num_processes, process_id, gpus = detect(*given)
+    except Exception as e:
+        if not coordinator:
+            print(f'warning: this process trains alone, because JAX does not understand the cluster here: {one_line(e)}',
+                  file=sys.stderr)
+        return coordinator, num_processes, process_id, None
+    if num_processes in (None, 1):
+        return '', 1, 0, None
+    # JAX means one GPU for each process. But a process may have all of a host's, or see none but its own.
+    processes_here = env.get('OMPI_COMM_WORLD_LOCAL_SIZE') or env.get('SLURM_STEP_TASKS_PER_NODE', '')
+    if re.fullmatch(r'1(\(x\d+\))?', processes_here) or re.fullmatch('[^,]+', env.get('CUDA_VISIBLE_DEVICES', '')):
+        gpus = None
+    if not coordinator:
+        try:
+            coordinator = env.get('JAX_COORDINATOR_ADDRESS') or detect(None, num_processes, process_id)[0]
+        except Exception as e:
+            raise RuntimeError(f'process {process_id} of {num_processes} does not find process 0: {one_line(e)}') from None
+    return coordinator, num_processes, process_id, gpus
+
+
+def one_line(error):
+    """The type of an error and the first line of its text."""
+    return f'{type(error).__name__}: {error}'.splitlines()[0]
+
+
+def join_processes(coordinator='', num_processes=1, process_id=0, patience=300):
+    """Joins the processes that train together: process `process_id` of `num_processes`, with the address of process 0,
+    HOST:PORT, as the `coordinator`. Without one, a cluster may tell. One process alone does nothing here. Must run
+    before JAX does anything else. Raises ValueError, or RuntimeError if the others do not come within `patience`
+    seconds."""
     if not re.fullmatch(r'.+:\d+' if num_processes > 1 else r'(.+:\d+)?', coordinator):
         raise ValueError(f'coordinator = {coordinator!r}: num_processes = {num_processes} needs '
                          '--coordinator=HOST:PORT, the address of process 0')
-    timeouts = dict(heartbeat_timeout_seconds=30, shutdown_timeout_seconds=60)
-    if coordinator:
-        print(f'process {process_id} of {num_processes} waits for the others at {coordinator}',
-              flush=True)
-        jax.distributed.initialize(coordinator, num_processes, process_id, **timeouts)
-    else:
-        with contextlib.suppress(ValueError):  # nobody tells: this process is alone
-            jax.distributed.initialize(**timeouts)
+    if jax.distributed.is_initialized():  # as when a notebook runs train.py once more
+        return
+    coordinator, num_processes, process_id, gpus = find_others(coordinator, num_processes, process_id)
+    if num_processes == 1:
+        return
+    host, _, port = coordinator.rpartition(':')
+    if process_id == 0:
+        try:
+            socket.create_server(('', int(port))).close()
+        except (OSError, OverflowError) as e:  # JAX would share the port with the other program, and harm both
+            raise ValueError(f'coordinator = {coordinator!r}: process 0 cannot have this port ({e})') from None
+    who = f'process {process_id} of {num_processes}'
+    print(f'{who} waits for the others at {coordinator}', flush=True)
+
+    # JAX waits in C++, where it does not hear Ctrl-C, and aborts when it has waited too long. So it gets a thread, and
+    # may wait forever.
+    joined = Future()
+
+    def join():
+        try:
+            jax.distributed.initialize(coordinator, num_processes, process_id, gpus, 'deactivate', 10**6,
+                                       heartbeat_timeout_seconds=30, shutdown_timeout_seconds=60)
+            joined.set_result(True)
+        except Exception as e:
+            joined.set_exception(e)
+
+    threading.Thread(target=join, daemon=True).start()
+    for second in range(1, patience + 1):
+        with contextlib.suppress(TimeoutError):
+            return joined.result(timeout=1)
+        if second % 30 == 0:
+            print(f'{who} has waited for the others at {coordinator} for {second} s', flush=True)
+    atexit.register(os._exit, 2)  # JAX, which still waits, would have something to say at the end
+    why = 'not all the others came'
+    if process_id > 0:
+        try:
+            socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
+        except OSError as e:
+            why = f'process 0 is not there ({e})'
+    raise RuntimeError(f'{who} has waited for {patience} s at {coordinator}, but {why}')
 
 
 def only_process_0_prints():
@@ -169,15 +245,15 @@ TIME_IS_UP = 14  # the number of SIGALRM, which Windows has not
 
 
 class StopSignal:
-    """Catches Ctrl-C (SIGINT), SIGTERM and, where there is one, the SIGHUP of a terminal that is
-    closed, so that the loop can finish its iteration and save. A second SIGINT or SIGTERM ends the
-    process at once. It also stops when the time, in seconds of time.monotonic(), is up."""
+    """Catches Ctrl-C (SIGINT), SIGTERM and, where they exist, the SIGHUP of a terminal that is closed and the SIGUSR1,
+    SIGUSR2 and SIGXCPU of job queues, so that the loop can finish its iteration and save. A second SIGINT or SIGTERM
+    ends the process at once. It also stops when the time, in seconds of time.monotonic(), is up."""
 
     def __init__(self, mesh, deadline=math.inf):
         self.mesh, self.number, self.asked = mesh, 0, 0
         self.deadline = deadline
         self.why = ''  # what is broken, if that is the reason to stop
-        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'):
             number = getattr(signal, name, None)
             # `nohup` starts a process that ignores SIGHUP, and so it stays
             if number and not (name == 'SIGHUP' and signal.getsignal(number) == signal.SIG_IGN):

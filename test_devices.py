@@ -3,10 +3,19 @@ Claims about what a run finds on a machine: memory, a cluster, other processes.
 
     python -m pytest -q test_devices.py
 """
+import shutil
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import psutil
 import pytest
 
 import devices
+from conftest import start
+
+HERE = Path(__file__).resolve().parent
 
 
 @pytest.mark.parametrize('cgroup, files, limit', [
@@ -26,3 +35,64 @@ def test_the_memory_of_a_container_is_what_its_cgroups_leave_of_the_machines(tmp
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert devices.memory_limit(tmp_path) == (limit or psutil.virtual_memory().total)
+
+
+# -----------------------------------------------------------------------------
+# many processes
+
+STEP = dict(SLURM_JOB_ID='5000', SLURM_STEP_ID='2', SLURM_STEP_NODELIST='n[3-4]', SLURM_NTASKS='2',
+            SLURM_STEP_NUM_TASKS='2', SLURM_STEP_TASKS_PER_NODE='1(x2)', SLURM_PROCID='1', SLURM_LOCALID='0')
+MPI = dict(OMPI_MCA_orte_hnp_uri='1314521088.0;tcp://10.96.0.1:34911', OMPI_COMM_WORLD_SIZE='2',
+           OMPI_COMM_WORLD_RANK='1', OMPI_COMM_WORLD_LOCAL_RANK='1', OMPI_COMM_WORLD_LOCAL_SIZE='2')
+ALONE = '', 1, 0, None
+
+
+@pytest.mark.parametrize('env, found', [
+    ({}, ALONE), ({'JAX_COORDINATOR_ADDRESS': 'host:1'}, ALONE),
+    (STEP | {'SLURM_STEP_NUM_TASKS': '1'}, ALONE),  # a step of one task, or the shell that salloc opens
+    (STEP, ('n3:62466', 2, 1, None)),
+    (STEP | {'SLURM_STEP_ID': '3'}, ('n3:62527', 2, 1, None)),  # beside it, in the same job
+    (STEP | {'SLURM_STEP_TASKS_PER_NODE': '2', 'SLURM_LOCALID': '1'}, ('n3:62466', 2, 1, [1])),
+    (STEP | {'SLURM_STEP_TASKS_PER_NODE': '2', 'SLURM_LOCALID': '1', 'CUDA_VISIBLE_DEVICES': '0'},
+     ('n3:62466', 2, 1, None)),
+    (MPI, ('10.96.0.1:62880', 2, 1, [1])),
+    (STEP | MPI | {'SLURM_STEP_NUM_TASKS': '1'}, ('10.96.0.1:62880', 2, 1, [1])),  # mpirun's own step
+    (MPI | {'OMPI_COMM_WORLD_SIZE': '1', 'OMPI_COMM_WORLD_RANK': '0'}, ALONE),
+])
+def test_a_cluster_tells_of_other_processes_and_one_alone_joins_nothing(monkeypatch, env, found):
+    monkeypatch.setattr('os.environ', dict(env))
+    assert devices.find_others('', 1, 0) == found
+    assert devices.find_others('host:9', 3, 2)[:3] == ('host:9', 3, 2)
+    if found == ALONE:
+        devices.join_processes()  # also where JAX has begun to compute, as when a notebook runs train.py once more
+
+
+def test_where_a_cluster_cannot_be_understood_a_process_trains_alone_after_a_warning(monkeypatch, capsys):
+    def load_incluster_config():
+        raise RuntimeError('Service host/port is not set.\nNo token')
+
+    monkeypatch.setitem(sys.modules, 'kubernetes', SimpleNamespace(config=SimpleNamespace(**locals())))
+    monkeypatch.setenv('KUBERNETES_SERVICE_HOST', '10.0.0.1')
+    devices.join_processes()
+    warning = capsys.readouterr().err
+    assert 'trains alone' in warning and 'RuntimeError: Service host' in warning and len(warning.splitlines()) == 1
+
+
+def test_a_process_whose_others_do_not_come_says_so_and_ends(tmp_path):
+    shutil.copy(HERE / 'devices.py', tmp_path)
+    (tmp_path / 'wait.py').write_text("""import devices, sys
+try:
+    devices.join_processes(sys.argv[1], 2, int(sys.argv[2]), patience=1)
+except (ValueError, RuntimeError) as e:
+    print(e, file=sys.stderr)
+    sys.exit(2)""")
+    with socket.create_server(('', 0)) as taken, socket.create_server(('', 0)) as s, socket.create_server(('', 0)) as t:
+        ports = [server.getsockname()[1] for server in (taken, s, t)]
+        s.close()
+        t.close()
+        processes = [start(tmp_path, 'wait.py', f'localhost:{port}', i) for port, i in zip(ports, (0, 0, 1))]
+        ends = [process.communicate(timeout=60)[1] for process in processes]
+    for err, message in zip(ends, ('process 0 cannot have this port', 'process 0 of 2 has waited for 1 s',
+                                   'but process 0 is not there')):
+        assert message in err and len(err.splitlines()) == 1, err
+    assert [process.returncode for process in processes] == [2, 2, 2]
