@@ -39,6 +39,28 @@ def saved_steps(out_dir):
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
 
 
+def find_step(out_dir, checkpoint):
+    """The number of iterations of a run's checkpoint 'latest' or 'best', or of the one whose number this is, as text.
+    Raises ValueError if there is none."""
+    steps = saved_steps(out_dir)
+    best = read_best(out_dir, steps) if checkpoint == 'best' else None
+    if not steps:
+        raise ValueError(f'{out_dir} holds no checkpoint yet')
+    if checkpoint in ('latest', 'best'):
+        return best if best in steps else steps[-1]
+    if checkpoint not in map(str, steps):
+        raise ValueError(f"checkpoint = {checkpoint!r}: must be latest, best, or one of {', '.join(map(str, steps))}")
+    return int(checkpoint)
+
+
+def is_finished(out_dir, checkpoint, max_iters):
+    """Whether a run that goes on from this checkpoint has nothing left to do."""
+    if not saved_steps(out_dir):
+        return False
+    step = find_step(out_dir, checkpoint)
+    return step > max_iters and not damaged_file(Path(out_dir, f'checkpoints/{step}'))
+
+
 def read_best(out_dir, steps):
     """The iteration that best.json names; None if there is no such file. Raises ValueError if it is damaged, or names a
     later checkpoint than all `steps` that are there: then files of the run are missing. Where it names an earlier one,
@@ -64,21 +86,23 @@ NO_BEST = {'best_val_loss': 1e9, 'best_iter': None}  # of a run's progress, befo
 class Checkpoints:
     """The checkpoints of a run: a state and a dict, `progress`, for some numbers of iterations. Threads write them
     while training goes on, and nobody sees one before it is whole. `best` is the checkpoint with the best loss, and
-    `written_best` is what best.json says, which comes a bit later."""
+    `written_best` is what best.json says, which comes a bit later. `kept` are those that stay for good: the multiples
+    of keep_interval."""
 
-    def __init__(self, out_dir, read_only=False):
+    def __init__(self, out_dir, keep_interval=0, read_only=False):
         logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs what it raises, too
         self.out_dir, self.folder = out_dir, Path(out_dir, 'checkpoints').absolute()
         self.best = self.best_loss = self.written_best = None
+        self.kept, self.keep_interval = set(), keep_interval
         self.read_only = read_only
         self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
             preservation_policy=self, create=not read_only, cleanup_tmp_directories=not read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=lambda: seal(self.folder))))
 
     def should_preserve(self, checkpoints, *, context):
-        """Orbax asks which checkpoints stay: the latest two, and the best."""
+        """Orbax asks which checkpoints stay: the latest two, the best, and the kept ones."""
         steps = [c.step for c in checkpoints]
-        return [step in (*sorted(steps)[-2:], self.best, self.written_best) for step in steps]
+        return [step in {*sorted(steps)[-2:], self.best, self.written_best, *self.kept} for step in steps]
 
     def save(self, n, state, progress):
         """Copies the state and leaves the writing to threads. Raises OSError if the disk is too full, and whatever went
@@ -94,9 +118,11 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         # the rest is an item of its own, because sampling reads the parameters alone
         rest = {k: v for k, v in state.items() if k != 'params'}
+        if self.keep_interval and n % self.keep_interval == 0:
+            self.kept.add(n)
         self.manager.save(n, args=ocp.args.Composite(
             params=ocp.args.StandardSave(state['params']), rest=ocp.args.StandardSave(rest),
-            progress=ocp.args.JsonSave(progress)))
+            progress=ocp.args.JsonSave(progress | {'kept': sorted(self.kept)})))
 
     def wait(self):
         self.manager.wait_until_finished()
@@ -115,24 +141,31 @@ class Checkpoints:
             return
         self.written_best = self.best
 
-    def restore(self, abstract, dataset=''):
-        """(state, progress) of the latest checkpoint, with the shardings of `abstract`; None if there is none yet. A
-        damaged one is moved aside, and the one before it is taken. On another dataset the best loss starts anew. Raises
-        ValueError if all are damaged, or the best is missing."""
+    def restore(self, abstract, dataset='', checkpoint='latest'):
+        """(state, progress) of a checkpoint, with the shardings of `abstract`; None if there is none yet. A damaged one
+        is moved aside, and the one before it is taken; later ones are moved aside, too. On another dataset the best
+        loss starts anew. Raises ValueError if all are damaged, or the best is missing."""
         steps = sorted(self.manager.all_steps())
         self.written_best = read_best(self.out_dir, steps)
         if not steps:
             return None
-        while steps and jax.process_index() == 0 and (name := damaged_file(self.folder / str(steps[-1]))):
-            n = steps.pop()
-            going_on = f', going on from {steps[-1]}' if steps else ''
-            print(f'warning: checkpoint {n} is damaged ({name}){going_on}')
-            if not self.read_only:
-                (self.folder / str(n)).rename(self.folder.parent / f'damaged-{n}-{time.time():.0f}')
+        first = find_step(self.out_dir, checkpoint)
+        later = [n for n in steps if n > first]
+        steps = [n for n in steps if n <= first]
+        if jax.process_index() == 0:
+            while steps and (name := damaged_file(self.folder / str(steps[-1]))):
+                n = steps.pop()
+                going_on = f', going on from {steps[-1]}' if steps else ''
+                print(f'warning: checkpoint {n} is damaged ({name}){going_on}')
+                if not self.read_only:
+                    (self.folder / str(n)).rename(self.folder.parent / f'damaged-{n}-{time.time():.0f}')
+            if steps and later and not self.read_only:
+                set_aside(self.folder.parent, later, self.written_best)
         latest = int(broadcast_one_to_all(np.int32(steps[-1] if steps else -1)))
         self.manager.reload()
         if latest < 0:
             raise ValueError(f'no checkpoint in {self.folder} can be read')
+        self.written_best = None if self.written_best in later else self.written_best
         rest = {k: v for k, v in abstract.items() if k not in ('params', 'base')}
         found = self.manager.restore(latest, args=ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract['params']), rest=ocp.args.StandardRestore(rest),
@@ -145,6 +178,7 @@ class Checkpoints:
         if progress['best_iter'] not in steps:  # somebody deleted it, or it was damaged
             progress |= NO_BEST
         self.best, self.best_loss = progress['best_iter'], progress['best_val_loss']
+        self.kept = set(progress.get('kept', []))
         base = load_base(self.folder.parent, abstract['base'])
         return {'params': found['params'], 'base': base, **found['rest']}, progress
 
@@ -168,6 +202,22 @@ class Checkpoints:
             raise RunError(f'no space left on the disk of {self.out_dir}; its earlier checkpoints are intact '
                            f'({intact}). Make room, then python train.py --init_from=resume '
                            f'--out_dir={self.out_dir}') from None
+
+
+def set_aside(out_dir, later, best):
+    """Makes a run of its own, in a folder in out_dir, of the checkpoints `later`. Whenever this is interrupted, out_dir
+    still holds a run."""
+    aside = out_dir / f'later-than-{min(later) - 1}-{time.time():.0f}'
+    (aside / 'checkpoints').mkdir(parents=True)
+    for name in ('config.json', 'log.csv'):
+        shutil.copy(out_dir / name, aside)
+    if (out_dir / 'base').exists():
+        shutil.copytree(out_dir / 'base', aside / 'base')
+    if best in later:
+        (out_dir / 'best.json').rename(aside / 'best.json')
+    for n in reversed(later):
+        (out_dir / f'checkpoints/{n}').rename(aside / f'checkpoints/{n}')
+    print(f'later checkpoints ({", ".join(map(str, later))}) are now a run of their own: {aside}')
 
 
 def file_sums(checkpoint):

@@ -11,7 +11,7 @@ import os
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # the run directory that train.py wrote
-checkpoint = 'best'  # 'best' by validation loss, or 'latest'
+checkpoint = 'best'  # 'best' by validation loss, 'latest', or the number of one
 hf_dir = 'hf'  # the directory to write
 dtype = 'float32'  # of the file: 'float32' as trained, or 'bfloat16' or 'float16', which take half the space
 overwrite = False  # replace an export that is in hf_dir
@@ -20,7 +20,9 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 
 import hf
 
-check(checkpoint=('best', 'latest'), dtype=('float32', 'bfloat16', 'float16'))
+check(dtype=('float32', 'bfloat16', 'float16'))
+if not checkpoint.isdecimal():
+    check(checkpoint=('best', 'latest'))
 if os.path.lexists(hf_dir):
     if not overwrite:
         fail(f'hf_dir = {hf_dir!r} is there already; --overwrite=True replaces an export')

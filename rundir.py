@@ -27,7 +27,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 import hf
 import lora
-from checkpoints import damaged_file, load_base, read_best, saved_steps, write
+from checkpoints import damaged_file, find_step, load_base, saved_steps, write
 from dataset import GPT2_META, check_meta, read_json
 from devices import choose_kernels
 from model import GPTConfig, abstract_params, build
@@ -65,8 +65,9 @@ def clear_run(out_dir):
 # settings
 
 # settings of the machine and of one command, which a resumed run takes from the command line
-OF_THE_MACHINE = {'out_dir', 'init_from', 'eval_only', 'overwrite', 'max_minutes', 'device', 'mesh_data', 'mesh_tensor',
-                  'fsdp', 'coordinator', 'num_processes', 'process_id', 'compile_cache', 'profile', 'debug_nans'}
+OF_THE_MACHINE = {'out_dir', 'init_from', 'checkpoint', 'eval_only', 'overwrite', 'max_minutes', 'device', 'mesh_data',
+                  'mesh_tensor', 'fsdp', 'coordinator', 'num_processes', 'process_id', 'compile_cache', 'profile',
+                  'debug_nans'}
 # the model's arguments that may change when a run is resumed
 MAY_CHANGE = {'dropout', 'dtype', 'kernels', 'remat', 'loss_chunks'}
 # the model's arguments that pretrained weights decide
@@ -203,20 +204,15 @@ def open_model(source, checkpoint='best'):
 
 
 def open_run(out_dir, checkpoint='best'):
-    """open_model() for a run directory and its best or latest checkpoint. Adapters are merged into the weights. Raises
-    ValueError if there is no checkpoint that can be read."""
+    """open_model() for a run directory and its checkpoint 'best', 'latest', or with this number. Adapters are merged
+    into the weights. Raises ValueError if there is no checkpoint that can be read."""
     saved = read_run(out_dir)
     config = GPTConfig(**saved['model_args'])
     out_dir = Path(out_dir).absolute()
-    checkpoints = out_dir / 'checkpoints'
-    steps = saved_steps(out_dir)
-    best = read_best(out_dir, steps) if checkpoint == 'best' else None
-    if not steps:
-        raise ValueError(f'{out_dir} holds no checkpoint yet')
-    folder = checkpoints / str(best if best in steps else max(steps))
+    folder = out_dir / f'checkpoints/{find_step(out_dir, str(checkpoint))}'
     if name := damaged_file(folder):
-        raise ValueError(f'{folder} is damaged ({name}); there are checkpoints {steps}, and --checkpoint=best or '
-                         '=latest')
+        steps = ', '.join(map(str, saved_steps(out_dir)))
+        raise ValueError(f'{folder} is damaged ({name}); there are the checkpoints {steps}: --checkpoint=N takes one')
 
     def read(block_size=None, place=on_one_device):
         abstract = place(abstract_params(config))

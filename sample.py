@@ -12,7 +12,7 @@ import sys
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # 'resume': the run in out_dir; 'gpt2', 'gpt2-medium', ..., or a path: a run or GPT-2's files
 out_dir = 'out'  # the run directory that train.py wrote
-checkpoint = 'best'  # 'best' by validation loss, or 'latest'
+checkpoint = 'best'  # 'best' by validation loss, 'latest', or the number of one
 start = '\n'  # the prompt; FILE:prompt.txt reads it from a file; may hold '<|endoftext|>' if the tokenizer has it
 num_samples = 10  # number of samples to draw
 max_new_tokens = 500  # number of tokens generated in each sample
@@ -29,7 +29,9 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 # -----------------------------------------------------------------------------
 
 check(num_samples=(1, 10**6), max_new_tokens=(1, 10**9), temperature=(0, 10**6), top_k=(0, 10**9),
-      seed=(0, 2**32 - 1), checkpoint=('best', 'latest'), kernels=('', 'plain'))
+      seed=(0, 2**32 - 1), kernels=('', 'plain'))
+if not checkpoint.isdecimal():
+    check(checkpoint=('best', 'latest'))
 if not 0 < top_p <= 1:
     fail(f'top_p = {top_p}: must be above 0 and at most 1')
 

@@ -24,7 +24,9 @@ log_interval = 1
 eval_iters = 200  # batches of each split in an evaluation; the same ones every time
 eval_only = False  # stop right after the first evaluation
 always_save_checkpoint = True  # save at every evaluation; if False, only when the validation loss improves
-init_from = 'scratch'  # 'scratch', 'resume', 'gpt2' to 'gpt2-xl', or a path: a run directory or GPT-2's files; or 'auto'
+keep_interval = 0  # keep a checkpoint after every so many iterations for good; 0: keep the latest two and the best
+init_from = 'scratch'  # 'scratch', 'resume', 'gpt2' to 'gpt2-xl', or a path: a run or GPT-2's files; 'auto': see README
+checkpoint = 'latest'  # from where to resume: or 'best', or the number of one; later ones are put aside
 sample_tokens = 0  # print a text of so many tokens at every evaluation
 # wandb logging
 wandb_log = False
@@ -93,7 +95,7 @@ import numpy as np
 from tqdm import tqdm
 
 import lora
-from checkpoints import NO_BEST, Checkpoints, RunError, save_base, saved_steps
+from checkpoints import NO_BEST, Checkpoints, RunError, find_step, is_finished, save_base
 from dataset import dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded, tokenizer, train_starts
 from devices import (StopSignal, best_dtype, choose_kernels, compile_for, find_devices, join_processes, keep_compiled,
                      make_mesh, memory_errors, only_process_0_prints, profiled, side_by_side)
@@ -112,19 +114,23 @@ with refuse(ValueError, OSError):
     if auto:
         config['init_from'] = init_from = resume_or(replaced.get('init_from', 'scratch'), out_dir, overwrite)
     check_out_dir(out_dir, init_from, overwrite, eval_only)
+    if checkpoint != 'latest':
+        if init_from != 'resume' or auto:
+            fail(f'checkpoint = {checkpoint!r}: only --init_from=resume goes back to a checkpoint')
+        find_step(out_dir, checkpoint)
     if init_from == 'resume':
         config, saved = resume_config(out_dir, config, given, typed)
         globals().update(config)
     if wandb_log:
         log_in_to_wandb()
     dataset = config['dataset'] = dataset_name(dataset)
-check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6), sample_tokens=(0, 10**6),
-      gradient_accumulation_steps=(1, 10**6), batch_size=(1, 10**6), learning_rate=(0, 10**3), max_iters=(0, 10**12),
-      max_minutes=(0, 10**9), max_skipped=(1, 10**9), weight_decay=(0, 10**3), beta1=(0, 0.999999),
-      beta2=(0, 0.999999), grad_clip=(0, 10**6), warmup_iters=(0, 10**12), lr_decay_iters=(0, 10**12),
-      min_lr=(0, 10**3), seed=(0, 2**32 - 1), mesh_data=(-1, 10**6), mesh_tensor=(1, 10**6),
-      num_processes=(1, 10**6), process_id=(0, num_processes - 1), lr_schedule=('cosine', 'linear'),
-      kernels=('', 'plain'))
+check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6), keep_interval=(0, 10**12),
+      sample_tokens=(0, 10**6), gradient_accumulation_steps=(1, 10**6), batch_size=(1, 10**6),
+      learning_rate=(0, 10**3), max_iters=(0, 10**12), max_minutes=(0, 10**9), max_skipped=(1, 10**9),
+      weight_decay=(0, 10**3), beta1=(0, 0.999999), beta2=(0, 0.999999), grad_clip=(0, 10**6),
+      warmup_iters=(0, 10**12), lr_decay_iters=(0, 10**12), min_lr=(0, 10**3), seed=(0, 2**32 - 1),
+      mesh_data=(-1, 10**6), mesh_tensor=(1, 10**6), num_processes=(1, 10**6), process_id=(0, num_processes - 1),
+      lr_schedule=('cosine', 'linear'), kernels=('', 'plain'))
 origin = saved['config'].get('init_from', 'scratch') if init_from == 'resume' else init_from
 if lora_rank and origin == 'scratch':
     warn(f'lora_rank = {lora_rank} on random weights shows how LoRA works, but adapters alone learn little')
@@ -206,7 +212,7 @@ if lora_rank:
     print(lora.table(abstract['params'], abstract['base'], model_config))
 step = partial(train_step, setup=setup)
 evaluate = partial(eval_step, config=model_config)
-finished = init_from == 'resume' and not eval_only and max(saved_steps(out_dir), default=0) > max_iters
+finished = init_from == 'resume' and not eval_only and is_finished(out_dir, checkpoint, max_iters)
 if not (debug_nans or finished):  # else JAX compiles what is called
     print('compiling...', flush=True)
     with refuse(MemoryError, ValueError):
@@ -224,8 +230,8 @@ with refuse(ValueError, OSError):
         check_out_dir(out_dir, init_from, overwrite)  # another process may have begun a run meanwhile
         if init_from != 'resume':
             clear_run(out_dir)
-    checkpoints = Checkpoints(out_dir, read_only=eval_only)
-    found = checkpoints.restore(abstract, dataset) if init_from == 'resume' else None
+    checkpoints = Checkpoints(out_dir, keep_interval, read_only=eval_only)
+    found = checkpoints.restore(abstract, dataset, checkpoint) if init_from == 'resume' else None
     if found:
         print(f'Resuming training from {out_dir}', flush=True)
         state, progress = found
@@ -303,6 +309,11 @@ with (refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_e
         lr = learning_rate
         if decay_lr:
             lr = get_lr(iter_num, learning_rate, warmup_iters, lr_decay_iters, min_lr, lr_schedule)
+
+        # once in a long while: a checkpoint that stays for good
+        if keep_interval and iter_num % keep_interval == 0 and iter_num > first_iter and not eval_only:
+            with log.paused():
+                save()
 
         # once in a while: save, evaluate the loss on train and val, and show what was learned
         if iter_num % eval_interval == 0 or eval_only:
