@@ -75,7 +75,7 @@ def make_setup(devices):
     with refuse(ValueError):
         mesh = make_mesh(devices, mesh_data, mesh_tensor)
         shape = micro_batches(gradient_accumulation_steps * batch_size, batch_size, mesh.shape['data'])
-        tx = make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer)
+        tx = make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer, embd_lr_scale)
     return Setup(model_config(devices), tx, mesh, fsdp), shape
 
 

@@ -13,17 +13,25 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 
-def make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer='adamw'):
-    """Clips gradients at a global norm (0: not), then optimizes, then adds weight decay, to matrices alone. The update
-    of the result takes two more arguments: norm, of the gradients, and setup, a Setup of step.py. Raises ValueError."""
+def make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer='adamw', embd_lr_scale=1.0):
+    """Clips gradients at a global norm (0: not), then optimizes, then adds weight decay, to matrices alone. The token
+    embedding's update is embd_lr_scale times as large. The update of the result takes two more arguments: norm, of the
+    gradients, and setup, a Setup of step.py. Raises ValueError."""
     if optimizer not in OPTIMIZERS:
         raise ValueError(f'optimizer = {optimizer!r}: must be {" or ".join(map(repr, OPTIMIZERS))}')
     is_matrix = lambda path, x: path[-1].key != 'bias' and x.ndim >= 2
     matrices = lambda params: jax.tree_util.tree_map_with_path(is_matrix, params)
+    scaled = lambda path, update: embd_lr_scale * update if path[0].key == 'wte' else update
+    decay = optax.add_decayed_weights(weight_decay, matrices)
+
+    def decay_and_scale(updates, state, params):
+        updates, state = decay.update(updates, state, params)
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
+
     return optax.chain(
         clip_by_norm(grad_clip) if grad_clip else optax.identity(),
         OPTIMIZERS[optimizer](beta1, beta2),
-        optax.add_decayed_weights(weight_decay, matrices))
+        optax.GradientTransformation(decay.init, decay_and_scale))
 
 
 def clip_by_norm(max_norm):

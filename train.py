@@ -51,6 +51,7 @@ lora_alpha = 16.0  # the adapters are multiplied by lora_alpha / lora_rank
 # optimizer
 optimizer = 'adamw'  # 'adamw', or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 6e-4  # max learning rate
+embd_lr_scale = 1.0  # the token embedding's learning rate, in multiples of learning_rate
 max_iters = 600000
 max_minutes = 0.0  # save and end, with exit code 142, after so many minutes; 0.0: don't
 max_skipped = 20  # an update whose gradients are not finite is skipped; stop after so many in a row
@@ -126,7 +127,8 @@ with refuse(ValueError, OSError):
     dataset = config['dataset'] = dataset_name(dataset)
 check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6), keep_interval=(0, 10**12),
       sample_tokens=(0, 10**6), gradient_accumulation_steps=(1, 10**6), batch_size=(1, 10**6),
-      learning_rate=(0, 10**3), max_iters=(0, 10**12), max_minutes=(0, 10**9), max_skipped=(1, 10**9),
+      learning_rate=(0, 10**3), embd_lr_scale=(0, 10**3), max_iters=(0, 10**12), max_minutes=(0, 10**9),
+      max_skipped=(1, 10**9),
       weight_decay=(0, 10**3), beta1=(0, 0.999999), beta2=(0, 0.999999), grad_clip=(0, 10**6),
       warmup_iters=(0, 10**12), lr_decay_iters=(0, 10**12), min_lr=(0, 10**3), seed=(0, 2**32 - 1),
       mesh_data=(-1, 10**6), mesh_tensor=(1, 10**6), num_processes=(1, 10**6), process_id=(0, num_processes - 1),
@@ -193,7 +195,7 @@ dtype = dtype or best_dtype(devices, kernels)
 model_args = {field.name: globals()[field.name] for field in fields(GPTConfig) if field.name != 'kernels'}
 with refuse(ValueError):
     model_config, functions = choose_kernels(GPTConfig(**model_args), devices, flash, kernels)
-    tx = make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer)
+    tx = make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer, embd_lr_scale)
 setup = Setup(model_config, tx, mesh, fsdp)
 abstract = abstract_state(setup)  # shapes and shardings, no values yet
 from_file = None  # what a new run reads from a file, and does not create
