@@ -2,6 +2,7 @@
 What a run says: on the terminal, in log.csv, in loss.png, and to wandb.
 """
 import contextlib
+import io
 import math
 import os
 import sys
@@ -193,10 +194,10 @@ class Log:
         top.legend()
         top.grid(alpha=0.3)
         bottom.set(xlabel='iteration', ylabel='learning rate')
-        png = self.path.with_name('loss.png')
+        picture = io.BytesIO()
         with warnings.catch_warnings(action='ignore'):  # the font may lack characters of the title
-            figure.savefig(f'{png}.tmp', format='png', dpi=100)
-        os.replace(f'{png}.tmp', png)
+            figure.savefig(picture, format='png', dpi=100)
+        write(self.path.with_name('loss.png'), picture.getvalue())
 
     def summary(self, iter_num):
         seconds = max(time.perf_counter() - self.start_time, 1e-9)
