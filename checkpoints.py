@@ -24,13 +24,24 @@ class RunError(Exception):
     """Why a run cannot go on, and what its user can do about it."""
 
 
-def write(path, text):
-    """Replaces a file whole, or not at all."""
+def write(path, content):
+    """Replaces a file whole, or not at all, by a text or by bytes."""
     if jax.process_index() > 0:
         return
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-        f.write(text)
-    os.replace(f'{path}.tmp', path)
+    content = content.encode() if isinstance(content, str) else content
+    new = Path(f'{path}.tmp')
+    new.unlink(missing_ok=True)
+    with open(new, 'xb') as f:  # `w` would go through a symbolic link, and write over another file
+        f.write(content)
+    os.replace(new, path)
+
+
+def remove(path):
+    """Removes a file, a folder with all that it holds, or a symbolic link, but never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def saved_steps(out_dir):
@@ -249,8 +260,11 @@ def damaged_file(checkpoint):
 def save_base(out_dir, base):
     """Writes out_dir/base with its sums, in place of an earlier one."""
     folder = Path(out_dir, 'base').absolute()
+    if jax.process_index() == 0:
+        remove(folder)  # a link may lead to the base of another run
+    sync_global_devices('no base')
     with ocp.StandardCheckpointer() as writer:
-        writer.save(folder / 'params', base, force=True)
+        writer.save(folder / 'params', base)
     if jax.process_index() == 0:
         (folder / 'sha256.json').write_text(json.dumps(file_sums(folder)))
     sync_global_devices('base')

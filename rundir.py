@@ -15,7 +15,7 @@ import contextlib
 import errno
 import json
 import os
-import shutil
+import re
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 import hf
 import lora
-from checkpoints import damaged_file, find_step, load_base, saved_steps, write
+from checkpoints import damaged_file, find_step, load_base, remove, saved_steps, write
 from dataset import GPT2_META, check_meta, read_json
 from devices import choose_kernels
 from model import GPTConfig, abstract_params, build
@@ -51,13 +51,17 @@ def lock_out_dir(out_dir, wait=0):
 
 
 def clear_run(out_dir):
-    """Removes the run that out_dir holds, and nothing else. All processes wait here for each other."""
+    """Removes the run that out_dir holds, and nothing else: in checkpoints/ only what has a checkpoint's name, and of a
+    symbolic link only the link. config.json goes last: while it is there, it tells whose the other files are. All
+    processes wait here for each other."""
     sync_global_devices('about to clear')
     if jax.process_index() == 0:
-        for name in ('config.json', 'best.json', 'log.csv', 'loss.png'):
-            Path(out_dir, name).unlink(missing_ok=True)
-        for name in ('checkpoints', 'base'):
-            shutil.rmtree(Path(out_dir, name), ignore_errors=True)
+        if os.path.exists(os.path.join(out_dir, 'checkpoints')):
+            for path in Path(out_dir, 'checkpoints').iterdir():
+                if re.match(r'\d+($|\.orbax-)', path.name):
+                    remove(path)
+        for name in ('best.json', 'log.csv', 'loss.png', 'base', 'config.json'):
+            remove(Path(out_dir, name))
     sync_global_devices('cleared')
 
 
@@ -75,8 +79,8 @@ SHAPE = ('arch', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'rope_theta', 'bias',
 
 
 def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):
-    """Raises ValueError where out_dir holds a run that a new one would replace or would start from; ValueError or
-    OSError where it can be no folder of this user's."""
+    """Raises ValueError where a new run would replace or start from the one in out_dir, or would write over files that
+    may not be a run's; ValueError or OSError where out_dir can be no folder of this user's."""
     if not out_dir or '\0' in out_dir or out_dir != out_dir.encode(errors='ignore').decode():
         raise ValueError(f'out_dir = {out_dir!r}: it takes the path of a folder')
     folder = Path(out_dir).absolute()
@@ -84,12 +88,30 @@ def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):
     for wrong, number in (not there.is_dir(), errno.ENOTDIR), (not os.access(there, os.W_OK), errno.EACCES):
         if wrong and not eval_only:
             raise OSError(number, os.strerror(number), out_dir)
-    holds_run = os.path.exists(os.path.join(out_dir, 'config.json'))
-    if holds_run and init_from != 'resume' and not (overwrite or eval_only):
-        raise ValueError(f'{out_dir} holds a run: go on with it (--init_from=resume), replace it (--overwrite=True), '
-                         'or name another --out_dir')
-    if os.path.realpath(init_from) == os.path.realpath(out_dir):
+    found = [name for name in ('config.json', 'best.json', 'log.csv', 'loss.png', 'checkpoints', 'base')
+             if os.path.lexists(folder / name) and not is_empty_folder(folder / name)]
+    if found and init_from != 'resume' and not eval_only:
+        if not is_run(folder):
+            raise ValueError(f'{out_dir} holds {", ".join(found)}, and no config.json of a run that this could belong '
+                             'to. A new run would write over it: move it away, or name another --out_dir')
+        if not overwrite:
+            raise ValueError(f'{out_dir} holds a run: go on with it (--init_from=resume), replace it '
+                             '(--overwrite=True), or name another --out_dir')
+    is_path = init_from not in ('scratch', 'resume', *hf.GPT2)
+    if is_path and os.path.realpath(init_from) == os.path.realpath(out_dir):
         raise ValueError(f'init_from = {init_from!r} is out_dir, too: a run cannot replace the one that it starts from')
+
+
+def is_empty_folder(path):
+    return path.is_dir() and not any(path.iterdir())
+
+
+def is_run(folder):
+    """Whether a folder has the config.json of a run."""
+    try:
+        return {'config', 'model_args'} <= read_json(Path(folder, 'config.json')).keys()
+    except (ValueError, FileNotFoundError):
+        return False
 
 
 def resume_or(start, out_dir, overwrite=False):

@@ -24,12 +24,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from checkpoints import write
 from conftest import run, start
 from checkpoints import RunError
 from dataset import eval_starts, open_dataset
 from log import Log
 from model import GPTConfig
-from rundir import load_model, open_model, open_run
+from rundir import check_out_dir, clear_run, load_model, open_model, open_run
 from test_model import numpy_gpt, numpy_qwen3
 
 HERE = Path(__file__).resolve().parent
@@ -294,6 +295,51 @@ def test_a_new_run_replaces_an_old_one_only_where_that_is_said(repo, whole, refu
     assert '--overwrite=True' in refused(*args)
     run(repo, *args, '--overwrite=True')
     assert steps_in(repo / 'mine') == [3] and len(log_of(repo / 'mine')) == 4
+
+
+@pytest.mark.parametrize('names', [['checkpoints/5/theirs', 'base/theirs', 'log.csv'], ['best.json'], ['loss.png'],
+                                   ['config.json', 'model.safetensors']])
+def test_a_new_run_never_writes_over_what_may_not_be_a_runs(repo, refused, names):
+    theirs = repo / 'theirs'
+    shutil.rmtree(theirs, ignore_errors=True)
+    for name in names:
+        (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / name).write_text('{}')
+    error = refused('train.py', *TINY, '--out_dir=theirs', '--overwrite=True')
+    assert f"theirs holds {names[0].split('/')[0]}" in error or 'theirs holds log.csv, checkpoints, base' in error
+
+
+@unix
+def test_to_clear_a_run_spares_what_a_link_leads_to_and_files_of_other_names(whole, tmp_path):
+    run_dir, other = tmp_path / 'run', tmp_path / 'other'
+    shutil.copytree(whole, run_dir)
+    shutil.copytree(whole / 'checkpoints', other)
+    (other / '10-good').mkdir()
+    (other / 'notes.txt').write_text('5 was odd')
+    before = files_in(other)
+    for name in 'checkpoints/10', 'base', 'log.csv.tmp':
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+        (run_dir / name).symlink_to(other / ('notes.txt' if name == 'log.csv.tmp' else '10'))
+    write(run_dir / 'log.csv', 'iter\n')
+    clear_run(run_dir)
+    assert files_in(other) == before and files_in(run_dir) == {}
+    (run_dir / 'checkpoints').rmdir()
+    (run_dir / 'checkpoints').symlink_to(other)  # as on another disk
+    clear_run(run_dir)
+    assert sorted(path.name for path in (run_dir / 'checkpoints').iterdir()) == ['10-good', 'notes.txt']
+
+
+def test_a_run_is_kept_until_nothing_that_a_new_one_needs_can_be_refused(repo, whole, refused, monkeypatch):
+    def fails(*args, **how):
+        raise MemoryError('no memory')
+    args = 'train.py', *TINY, '--out_dir=whole', '--debug_nans=True'  # which compiles nothing ahead
+    monkeypatch.setattr('rundir.lock_out_dir', lambda *args, **how: None)
+    monkeypatch.setattr('rundir.clear_run', lambda out_dir: pytest.fail('this came too early'))
+    monkeypatch.setattr('step.state_creator', lambda *args, **how: fails)
+    assert 'no memory' in refused(*args, '--overwrite=True')
+    looks = iter([lambda *args: None, check_out_dir])  # at the first look the other run has not begun
+    monkeypatch.setattr('rundir.check_out_dir', lambda *args: next(looks)(*args))
+    assert 'whole holds a run' in refused(*args)
 
 
 @unix

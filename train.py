@@ -226,14 +226,14 @@ if not (debug_nans or finished):  # else JAX compiles what is called
 # -----------------------------------------------------------------------------
 # the state: the run's latest checkpoint, or a new one, perhaps with pretrained weights
 
-with refuse(ValueError, OSError):
+found = None
+with refuse(ValueError, OSError, MemoryError), memory_errors():
     if not eval_only:  # from here on out_dir is this process's own
         lock = lock_out_dir(out_dir, wait=120 if auto else 0)
         check_out_dir(out_dir, init_from, overwrite)  # another process may have begun a run meanwhile
-        if init_from != 'resume':
-            clear_run(out_dir)
-    checkpoints = Checkpoints(out_dir, keep_interval, read_only=eval_only)
-    found = checkpoints.restore(abstract, dataset, checkpoint) if init_from == 'resume' else None
+    if init_from == 'resume':
+        checkpoints = Checkpoints(out_dir, keep_interval, read_only=eval_only)
+        found = checkpoints.restore(abstract, dataset, checkpoint)
     if found:
         print(f'Resuming training from {out_dir}', flush=True)
         state, progress = found
@@ -245,8 +245,6 @@ with refuse(ValueError, OSError):
         if from_file:
             read_pretrained = read_pretrained if pretrained else open_model(origin)[2]
             state[from_file] = read_pretrained(block_size, on_mesh(mesh, fsdp))
-        if lora_rank and not eval_only:
-            save_base(out_dir, state['base'])
 
 iter_num, wandb_id = progress['iter_num'], progress['wandb_id']
 best_val_loss, best_iter = progress['best_val_loss'], progress['best_iter']
@@ -267,11 +265,21 @@ if wandb_log and jax.process_index() == 0:
     wandb_id = wandb_run.id
 stop = StopSignal(mesh, deadline=_started + 60 * (max_minutes or math.inf))
 mfu = lambda tokens_per_s: estimate_mfu(model_config, n_params, n_frozen, tokens_per_s, devices)
-with refuse(OSError):
+
+# -----------------------------------------------------------------------------
+# out_dir: all that could be refused has been, so now a new run takes the place of an old one
+
+with refuse(ValueError, OSError):
+    if not eval_only:
+        if init_from != 'resume':
+            clear_run(out_dir)
+        save_config(out_dir, config | {'init_from': origin}, model_args, meta)
+    if init_from != 'resume':
+        checkpoints = Checkpoints(out_dir, keep_interval, read_only=eval_only)
+    if lora_rank and not found and not eval_only:
+        save_base(out_dir, state['base'])
     log = Log(out_dir, iter_num, max_iters, log_interval, tokens_per_iter, mfu, max_skipped, stop, wandb_run,
               writes=not eval_only)
-    if not eval_only:
-        save_config(out_dir, config | {'init_from': origin}, model_args, meta)
 
 
 def estimate_loss():
