@@ -45,7 +45,12 @@ def _flush():
         os._exit(141)
 
 
-if __name__ == '__main__':
+# Whether Python was started for this script: `python train.py`, perhaps with options of one word, such as -u. A
+# notebook's %run, a debugger, a profiler or runpy runs it in a process that somebody else started and goes on to use.
+_is_ours = (__name__ == '__main__' and sys.orig_argv[-len(sys.argv):] == sys.argv
+            and all(arg.startswith('-') and arg[:2] not in ('-c', '-m') for arg in sys.orig_argv[1:-len(sys.argv)]))
+
+if _is_ours:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)
     if hasattr(signal, 'pthread_sigmask'):  # _keep_the_heap() blocks Ctrl-C while it restarts the script
@@ -57,6 +62,7 @@ if __name__ == '__main__':
             getattr(sys, _name).reconfigure(encoding='utf-8', errors='backslashreplace')
     sys.excepthook = _report
     atexit.register(_flush)
+    os.environ.pop('MPLBACKEND', None)  # a notebook's, for plots in its cells; this Python may lack it
 
 import ast
 import difflib
@@ -153,7 +159,8 @@ def _run_file(path):
     except (Exception, SystemExit) as e:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         fail(f'{path}:{lines[-1] if lines else 1}: {type(e).__name__}: {e}')
-    sys.path.pop()
+    finally:
+        sys.path.pop()
     # what the file itself assigns has a line; what exec and import * assign differs from what was there
     line_of = {node.id: node.lineno for node in ast.walk(tree)
                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
@@ -202,7 +209,7 @@ def _keep_the_heap():
     """Starts the script once more, in its own place, with other settings of glibc, which reads them when a process
     starts. XLA's CPU client frees its scratch memory after each step, so that the next one pays for page faults again.
     With huge pages and a heap that is kept, a step takes 0.6 of the time. Other systems ignore the settings."""
-    if __name__ == '__main__' and sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
+    if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
         settings = 'hugetlb=1', 'mmap_max=0', 'trim_threshold=2147483647'
         os.environ['GLIBC_TUNABLES'] = ':'.join(f'glibc.malloc.{setting}' for setting in settings)
         sys.stdout.flush()
@@ -210,8 +217,13 @@ def _keep_the_heap():
         os.execv(sys.executable, sys.orig_argv)
 
 
-_keep_the_heap()
-gc.set_threshold(100_000, 50, 50)  # imports and tracing make a million objects that stay; to search them takes 0.2 s
+if __name__ == '__main__' and not _is_ours:  # the files may have changed since the last %run
+    for _name, _module in list(sys.modules.items()):
+        if _name != '__main__' and os.path.dirname(getattr(_module, '__file__', None) or '') == _folder:
+            del sys.modules[_name]
+if _is_ours:
+    _keep_the_heap()
+    gc.set_threshold(100_000, 50, 50)  # imports and tracing make a million objects that stay; a search takes 0.2 s
 _more_keys = globals().get('_more_keys')
 _defaults = _keys_of(_recipes_of) if '_recipes_of' in globals() else {}  # of the script whose recipes this one takes
 config = _keys_of(_more_keys) if _more_keys else {}

@@ -33,6 +33,7 @@ if version('jaxlib').startswith('0.10.'):  # halves the time of compiling; later
 os.environ.setdefault('XLA_FLAGS', FLAGS)
 # The tests simulate many devices on the CPU, also where there is a GPU or a TPU.
 os.environ |= {'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': ''}
+os.environ.pop('MPLBACKEND', None)  # of a notebook that starts them
 
 # Scripts that the tests start hear Ctrl-C, also where the tests run in the background of a shell that ignores it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -160,6 +161,7 @@ def run_script(repo, args, env, out, err):
     os.chdir(repo)
     os.environ.update(env)
     sys.argv, sys.path[0] = args, repo
+    sys.orig_argv = [sys.executable, *args]
     if 'PYTHONPATH' in env:  # as when Python starts
         sys.path.insert(1, env['PYTHONPATH'])
         sys.modules.pop('sitecustomize', None)  # some systems have one of their own

@@ -245,19 +245,29 @@ TIME_IS_UP = 14  # the number of SIGALRM, which Windows has not
 
 
 class StopSignal:
-    """Catches Ctrl-C (SIGINT), SIGTERM and, where they exist, the SIGHUP of a terminal that is closed and the SIGUSR1,
-    SIGUSR2 and SIGXCPU of job queues, so that the loop can finish its iteration and save. A second SIGINT or SIGTERM
-    ends the process at once. It also stops when the time, in seconds of time.monotonic(), is up."""
+    """Inside of a `with`, catches Ctrl-C (SIGINT), SIGTERM and, where they exist, the SIGHUP of a terminal that is
+    closed and the SIGUSR1, SIGUSR2 and SIGXCPU of job queues, so that the loop can finish its iteration and save. A
+    second SIGINT or SIGTERM ends the process at once. It also stops when the time, in seconds of time.monotonic(), is
+    up."""
 
     def __init__(self, mesh, deadline=math.inf):
         self.mesh, self.number, self.asked = mesh, 0, 0
         self.deadline = deadline
         self.why = ''  # what is broken, if that is the reason to stop
+        self.before = {}
+
+    def __enter__(self):
         for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'):
             number = getattr(signal, name, None)
             # `nohup` starts a process that ignores SIGHUP, and so it stays
             if number and not (name == 'SIGHUP' and signal.getsignal(number) == signal.SIG_IGN):
-                signal.signal(number, self.catch)
+                with contextlib.suppress(ValueError):  # a thread of a notebook hears no signals
+                    self.before[number] = signal.signal(number, self.catch) or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def output_closed(self):
         """Nobody reads the output any more. Not every system has a signal for that."""

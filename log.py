@@ -111,6 +111,11 @@ class Log:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.stop.output_closed()
 
+    def progress(self, text):
+        """Adds a text to the progress bar."""
+        with self.harmless('the progress bar'):
+            self.bar.set_postfix_str(text)
+
     def iteration(self, n, lr, metrics):
         """Reports iteration n - 1, whose results are ready; n is still running, so no device waits."""
         self.flush()

@@ -35,16 +35,15 @@ from step import on_one_device
 
 
 def lock_out_dir(out_dir, wait=0):
-    """Makes out_dir this process's own. The object that is returned holds the lock, which ends with the process. Raises
-    ValueError if another process has it and does not end within `wait` seconds, OSError if it cannot be written."""
+    """Makes out_dir this process's own until the end of a `with` around what is returned. Raises ValueError if another
+    process has it and does not end within `wait` seconds, OSError if it cannot be written."""
     if jax.process_index() > 0:
-        return None
+        return contextlib.nullcontext()
     os.makedirs(out_dir, exist_ok=True)
-    lock = filelock.FileLock(os.path.join(out_dir, 'lock'))
+    lock = filelock.FileLock(os.path.abspath(Path(out_dir, 'lock')), is_singleton=True)
     for seconds in (0, wait):
         with contextlib.suppress(filelock.Timeout):
-            lock.acquire(timeout=seconds)
-            return lock
+            return lock.acquire(timeout=seconds)
         if seconds < wait:
             print(f'{out_dir} is in use by another training process: waiting up to {wait} s for its end', flush=True)
     raise ValueError(f'out_dir = {out_dir!r} is in use by another training process')

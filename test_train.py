@@ -168,7 +168,8 @@ def assert_same_run(a, b):
 @pytest.mark.quick
 def test_prepare_train_resume_and_sample(repo):
     """Every command has an interpreter of its own here, as when you type it."""
-    out = run(repo, 'train.py', *TINY, '--out_dir=out', '--sample_tokens=20', fresh=True)
+    out = run(repo, 'train.py', *TINY, '--out_dir=out', '--sample_tokens=20', fresh=True,
+              MPLBACKEND='unknown')  # a notebook sets one that only its own Python may have
     steps = re.findall(r'^step (\d+): train loss (\d\.\d{4}), val loss \d\.\d{4}$', out, re.MULTILINE)
     assert [int(n) for n, _ in steps] == [0, 5, 10] and float(steps[-1][1]) < float(steps[0][1]) - 0.3
     iters = re.findall(r'^iter (\d+): loss \d\.\d{4}, time \d+\.\d\dms, mfu n/a, tok/s [\d,]+$', out, re.MULTILINE)
@@ -364,6 +365,28 @@ def test_a_signal_ends_a_run_after_saving_it_and_it_goes_on_as_if_there_had_been
     assert steps_in(repo / 'signals')[-1] == done + 1  # the time was up at once, and the iteration done
     run(repo, 'train.py', *TINY, '--out_dir=no-signals', f"--max_iters={steps_in(repo / 'signals')[-1] - 1}")
     assert_same_run(repo / 'signals', repo / 'no-signals')
+
+
+def test_a_notebook_can_run_train_py_again_and_again_and_stays_as_it_was(repo):
+    """As %run does: in a process that somebody else started, and that goes on."""
+    (repo / 'notebook.py').write_text(f'''
+import atexit, gc, os, runpy, signal, sys
+os.environ.pop('GLIBC_TUNABLES', None)
+process = lambda: (sys.excepthook, sys.path[1:], gc.get_threshold(), atexit._ncallbacks(), sys.stdout.encoding,
+                   [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
+sys.excepthook, before = sys.__excepthook__, None
+for i in range(2):
+    sys.argv = ['train.py', *{TINY}, '--out_dir=notebook', '--max_iters=2', '--overwrite=True']
+    kept = runpy.run_path('train.py', run_name='__main__')
+    before = before or process()  # libraries register functions, the first time
+    assert process() == before and kept['log'].file.closed
+    with open('model.py', 'a') as f:
+        f.write('print("edited")\\n')
+''', encoding='utf-8')
+    source = (repo / 'model.py').read_bytes()
+    out = run(repo, 'notebook.py')
+    (repo / 'model.py').write_bytes(source)
+    assert out.count('edited\n') == 1 and out.count('best validation') == 0 and out.count('iter 2:') == 2
 
 
 @unix

@@ -88,12 +88,12 @@ exec(open(os.path.join(_here, 'configurator.py'), encoding='utf-8').read())
 # the rest of the imports: they take a second, and a typo is answered before that
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import partial
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 import lora
 from checkpoints import NO_BEST, Checkpoints, RunError, find_step, is_finished, save_base
@@ -226,7 +226,7 @@ if not (debug_nans or finished):  # else JAX compiles what is called
 # -----------------------------------------------------------------------------
 # the state: the run's latest checkpoint, or a new one, perhaps with pretrained weights
 
-found = None
+found, lock = None, nullcontext()
 with refuse(ValueError, OSError, MemoryError), memory_errors():
     if not eval_only:  # from here on out_dir is this process's own
         lock = lock_out_dir(out_dir, wait=120 if auto else 0)
@@ -287,11 +287,13 @@ def estimate_loss():
     losses = {'train': [], 'val': []}
     for split in losses:
         starts = eval_starts(data[split], eval_shape, block_size).reshape(-1, *eval_call)
-        for part in tqdm(starts, f'evaluating on {split}', leave=False, disable=None):
+        for i, part in enumerate(starts):
+            log.progress(f'evaluating on {split}, {i} of {len(starts)}')
             tokens = get_batch(split, part)
             if stop.received():  # a resumed run evaluates again
                 return None
             losses[split].append(float(evaluate(all_params(state), tokens)))
+    log.progress('')
     return {split: np.mean(parts) for split, parts in losses.items()}
 
 
@@ -311,7 +313,7 @@ def show_sample():
 key, first_iter = jax.random.key(seed), iter_num
 # debug_nans: run operation by operation, so that the traceback ends at the one that made the NaN. Set it for this
 # thread: some operations suspend it for a moment, and JAX then forgets a global setting for what it has compiled.
-with (refuse(RunError, MemoryError, code=1), memory_errors(), checkpoints.disk_errors(), log,
+with (refuse(RunError, MemoryError, code=1), lock, stop, memory_errors(), checkpoints.disk_errors(), log,
       jax.debug_nans(debug_nans or jax.config.jax_debug_nans), jax.disable_jit(debug_nans)):
     while iter_num <= max_iters or eval_only:
 
