@@ -37,6 +37,7 @@ with refuse(ValueError, OSError):
     config, meta, read = open_run(out_dir, checkpoint)
     files = hf.export_files(config, meta, dtype)
     tensors = hf.file_tensors(read(), config, meta['vocab_size'], dtype)
+with refuse(OSError, code=1):
     hf.write_directory(hf_dir, files, tensors)
 print(f'{hf_dir}: {sum(x.size for x in tensors.values()):,} parameters in {dtype}, '
       f'{sum(x.nbytes for x in tensors.values()) / 1e6:.1f} MB, {meta["vocab_size"]:,} tokens')

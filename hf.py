@@ -290,18 +290,33 @@ EXPORT = {'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_
 
 
 def write_directory(folder, files, tensors):
-    """Writes an export, in place of an earlier one. It gets its name when it is whole."""
+    """Writes an export, in place of an earlier one. It gets its name when it is whole. Raises OSError, and then an
+    earlier one is as it was."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
-    new, old = (f'{os.path.abspath(folder)}.{name}.tmp' for name in ('new', 'old'))
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    os.makedirs(new)
-    for name, content in files.items():
-        Path(new, name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding='utf-8')
-    save_file(tensors, Path(new, 'model.safetensors'), metadata={'format': 'pt'})
-    # save_file() makes a file that only its owner may read
-    shutil.copymode(Path(new, 'config.json'), Path(new, 'model.safetensors'))
-    if os.path.exists(folder):
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    new, old = (Path(f'{os.path.abspath(folder)}.{name}.tmp') for name in ('new', 'old'))
+    remove(new)
+    try:
+        new.mkdir(parents=True)
+        for name, content in files.items():
+            (new / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding='utf-8')
+        save_file(tensors, new / 'model.safetensors', metadata={'format': 'pt'})
+        # save_file() makes a file that only its owner may read
+        shutil.copymode(new / 'config.json', new / 'model.safetensors')
+        if os.path.exists(folder):
+            remove(old)
+            os.replace(folder, old)
+        os.replace(new, folder)
+        remove(old)
+    except (OSError, SafetensorError) as e:  # such as a full disk, which comes as either
+        raise OSError(f'{folder}: {e}') from None
+    finally:
+        remove(new)
+
+
+def remove(path):
+    """Removes what an earlier export may have left over: a folder, a file, or a link, but not what that leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

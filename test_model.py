@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import hf
@@ -413,6 +414,24 @@ def test_a_qwen3s_files_give_the_logits_of_a_numpy_forward_pass_and_come_back_bi
     # older versions of transformers have rope's theta beside the other fields
     qwen3_files(tmp_path / 'hf', config, rope_parameters='left out')
     assert load_model(tmp_path / 'hf').config == model.config
+
+
+def test_an_export_that_fails_leaves_the_earlier_one_and_nothing_else(tmp_path, monkeypatch):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine/text').write_text('do not delete')
+    for name in 'hf.new.tmp', 'hf.old.tmp':
+        (tmp_path / name).symlink_to(tmp_path / 'mine')
+    hf.write_directory(tmp_path / 'hf', {'config.json': 1}, {})
+    hf.write_directory(tmp_path / 'hf', {'config.json': 2}, {})
+
+    def full(*args, **how):
+        raise SafetensorError('No space left on device')
+
+    monkeypatch.setattr('safetensors.numpy.save_file', full)
+    with pytest.raises(OSError, match='hf: No space left'):
+        hf.write_directory(tmp_path / 'hf', {'config.json': 3}, {})
+    assert {path.name for path in tmp_path.iterdir()} == {'hf', 'mine'} and (tmp_path / 'mine/text').exists()
+    assert (tmp_path / 'hf/config.json').read_text() == '2'
 
 
 @pytest.mark.parametrize('changes, message', [

@@ -7,6 +7,7 @@ conftest.py starts the runs, and explains why a run starts quickly here.
 """
 import contextlib
 import csv
+import errno
 import json
 import os
 import re
@@ -848,6 +849,22 @@ def test_a_mistake_in_preparing_documents_is_one_line_and_leaves_nothing(repo, o
     error = run(repo, 'data/openwebtext/prepare.py', *args, code=1, **offline)
     assert len(error.splitlines()) == 1 and error.startswith('prepare.py: error: ') and message in error, error
     assert not list((repo / 'data/openwebtext').glob('*.bin*'))
+
+
+def test_new_files_are_no_links_to_old_ones_and_a_full_disk_says_where(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / 'data')
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # common.py changes it
+    from common import new_files
+    (tmp_path / 'mine').write_text('do not write here')
+    (tmp_path / 'train.bin.tmp').symlink_to(tmp_path / 'mine')
+    with new_files(tmp_path, 'train.bin') as [f]:
+        f.write(b'tokens')
+    assert (tmp_path / 'mine').read_text() == 'do not write here' and not (tmp_path / 'train.bin').is_symlink()
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+        with new_files(tmp_path, 'train.bin'):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert {path.name for path in tmp_path.iterdir()} == {'mine', 'train.bin'}
+    assert (tmp_path / 'train.bin').read_bytes() == b'tokens'
 
 
 def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(repo, offline):

@@ -4,6 +4,7 @@ What the prepare.py scripts share. Who imports this reports an error of the disk
 import argparse
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import sys
@@ -41,11 +42,16 @@ def new_files(folder, *names):
     tmps = [folder / f'{name}.tmp' for name in names]
     folder.mkdir(exist_ok=True)
     try:
+        for tmp in tmps:  # one that is left over may be a link to another file
+            tmp.unlink(missing_ok=True)
         with contextlib.ExitStack() as stack:
-            yield [stack.enter_context(open(tmp, 'w+b')) for tmp in tmps]
+            yield [stack.enter_context(open(tmp, 'x+b')) for tmp in tmps]
         (folder / names[-1]).unlink(missing_ok=True)
         for tmp in tmps:
             os.replace(tmp, tmp.with_suffix(''))
+    except OSError as e:
+        e.filename = e.filename or str(folder)  # a full disk does not say where
+        raise
     finally:
         for tmp in tmps:
             tmp.unlink(missing_ok=True)
@@ -93,7 +99,7 @@ def tiny_shakespeare(*folders):
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read()
-        except OSError as e:
+        except (OSError, http.client.HTTPException) as e:
             fail(f'could not download {url} ({e}): save it as {path} and run this again')
         with new_files(folder, 'input.txt') as [f]:
             f.write(content)

@@ -12,6 +12,8 @@ A pickle can run any code when it is loaded. PyTorch's reader for weights alone 
 """
 import argparse
 import json
+import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +22,10 @@ parser.add_argument('file', type=Path, help='a ckpt.pt of nanoGPT')
 parser.add_argument('meta', type=Path, nargs='?', help='the meta.json of its dataset')
 args = parser.parse_args()
 out = args.file.parent / 'hf-nanogpt'
+new = out.with_name('hf-nanogpt.tmp')  # gets its name when it is whole
 try:
+    if out.exists():
+        raise OSError(f'{out} is there already')
     import torch
     from safetensors.numpy import save_file
     saved = torch.load(args.file, map_location='cpu', weights_only=True)
@@ -35,13 +40,19 @@ try:
     config = {'model_type': 'gpt2', 'n_positions': shape['block_size'], 'activation_function': 'gelu_new'}
     config |= {key: shape[key] for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')}
     meta = args.meta.read_bytes() if args.meta else None
-    out.mkdir()
-    (out / 'config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    (new / 'config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
     if meta:
-        (out / 'meta.json').write_bytes(meta)
-    save_file(tensors, out / 'model.safetensors')
+        (new / 'meta.json').write_bytes(meta)
+    save_file(tensors, new / 'model.safetensors')
+    new.rename(out)
 except ImportError as e:
     sys.exit(f'from_nanogpt.py: error: {e}: run this where PyTorch is (pip install torch safetensors)')
+except (KeyError, pickle.UnpicklingError):  # whose own message says how to run what is in the file
+    sys.exit(f'from_nanogpt.py: error: {args.file} is damaged, or is not a checkpoint of nanoGPT')
 except Exception as e:  # the file may be anything
-    sys.exit(f'from_nanogpt.py: error: {args.file}: {e}')
+    sys.exit(f'from_nanogpt.py: error: {args.file}: {e}'.partition('\n')[0])
+finally:
+    shutil.rmtree(new, ignore_errors=True)
 print(f'wrote {out}: python sample.py --init_from={out}')
