@@ -830,7 +830,7 @@ print(splits['train'].data.nbytes, pyarrow.total_allocated_bytes(), len(pool.sen
 
 
 @pytest.mark.parametrize('args, message', [
-    ([], 'where there is a network, type hf download Skylion007/openwebtext '),
+    (['--repo=some/dataset'], 'where there is a network, type hf download some/dataset '),
     (['--files', 'none'], 'none: '), (['--files', 'verse.txt'], 'verse.txt: '),
     (['--files', 'damaged.parquet'], 'damaged.parquet: OSError: '),
     (['--files', 'one.parquet', 'story.parquet'], 'one.parquet story.parquet: CastError: '),
@@ -854,7 +854,9 @@ def test_a_mistake_in_preparing_documents_is_one_line_and_leaves_nothing(repo, o
 def test_new_files_are_no_links_to_old_ones_and_a_full_disk_says_where(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(HERE / 'data')
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # common.py changes it
-    from common import new_files
+    from common import check_room, new_files
+    with pytest.raises(SystemExit, match='has room for .* GB, and this takes 1000000.0'):
+        check_room(tmp_path / 'not/yet/there', 1e15)
     (tmp_path / 'mine').write_text('do not write here')
     (tmp_path / 'train.bin.tmp').symlink_to(tmp_path / 'mine')
     with new_files(tmp_path, 'train.bin') as [f]:

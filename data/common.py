@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import os
+import shutil
 import sys
 import urllib.request
 
@@ -33,6 +34,13 @@ sys.excepthook = report
 def options(doc):
     """A parser of the command line that shows a script's docstring at --help."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def check_room(folder, size):
+    """Ends the script where the disk that a folder is on, or will be, has room for less than `size` bytes."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if (free := shutil.disk_usage(there).free) < size:
+        fail(f'{folder} has room for {free / 1e9:.1f} GB, and this takes {size / 1e9:.1f}')
 
 
 @contextlib.contextmanager

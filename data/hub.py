@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import GPT2_META, gpt2_encoding, new_dataset, options
+from common import GPT2_META, check_room, gpt2_encoding, new_dataset, options
 
 
 def load(args):
@@ -89,8 +89,9 @@ def write(splits, args, out):
                 f.write(ids)
 
 
-def prepare(script, doc, repo, revision):
-    """Reads the command line, runs `load` and `write`, and reports every error in one line."""
+def prepare(script, doc, repo, revision, cached, written):
+    """Reads the command line, runs `load` and `write`, and reports every error in one line. The dataset `repo` takes
+    `cached` bytes in the libraries' cache, and `written` bytes here."""
     cpus = getattr(os, 'process_cpu_count', os.cpu_count)()  # process_cpu_count is Python 3.13's
     parser = options(doc)
     parser.add_argument('--repo', default=repo, help=f'a dataset on the Hugging Face Hub ({repo})')
@@ -114,6 +115,12 @@ def prepare(script, doc, repo, revision):
 
     signal.signal(signal.SIGINT, on_ctrl_c)
     gpt2_encoding()  # its errors come before the download
+    if args.repo == repo and not args.files:
+        from huggingface_hub.constants import HF_HUB_CACHE
+        check_room(out, written)
+        cache = Path(HF_HUB_CACHE, 'datasets--' + repo.replace('/', '--'))
+        if not cache.exists():  # else some or all of it is here already
+            check_room(cache, cached)
     try:
         write(load(args), args, out)
     except BrokenExecutor:

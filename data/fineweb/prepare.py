@@ -10,7 +10,6 @@ The tokens come from https://huggingface.co/datasets/kjj0/fineweb10B-gpt2: up to
 and meta.json. <|endoftext|> stands before each document. val.bin holds 10,485,761 tokens, so that 10,240 sequences of
 1024 are the evaluation that others do. If you interrupt the script, start it again.
 """
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
-from common import GPT2_META, fail, new_dataset, options
+from common import GPT2_META, check_room, fail, new_dataset, options
 
 REPO = 'kjj0/fineweb10B-gpt2'
 VAL_TOKENS = 10 * 2**20 + 1  # one more than there are targets
@@ -70,8 +69,7 @@ else:
     size = 2e8 * (args.shards + 1)
     print(f'{args.shards + 1} files to download, {size / 1e9:.1f} GB: {size / 1e7 / 60:.0f} minutes at 10 MB/s. The '
           f'dataset takes {size / 1e9:.1f} GB more')
-if (free := shutil.disk_usage(here).free) < size:
-    fail(f'{here} has room for {free / 1e9:.1f} GB, and the dataset takes {size / 1e9:.1f}: try fewer --shards')
+check_room(here, size)
 if not args.files:
     paths = download(args.shards)
 shards = [tokens_of(path) for path in tqdm(paths, 'checking', unit='file', disable=None)]

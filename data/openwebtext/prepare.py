@@ -18,4 +18,4 @@ from hub import prepare
 if __name__ == '__main__':  # the tokenizing processes import this file too
     # Take the revision that the Hub converted to parquet: `main` is a loading script, which the library `datasets` no
     # longer runs.
-    prepare(__file__, __doc__, 'Skylion007/openwebtext', 'refs/convert/parquet')
+    prepare(__file__, __doc__, 'Skylion007/openwebtext', 'refs/convert/parquet', cached=64e9, written=18e9)

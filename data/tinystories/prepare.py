@@ -16,4 +16,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hub import prepare
 
 if __name__ == '__main__':  # the tokenizing processes import this file too
-    prepare(__file__, __doc__, 'roneneldan/TinyStories', 'main')
+    prepare(__file__, __doc__, 'roneneldan/TinyStories', 'main', cached=3e9, written=1e9)
