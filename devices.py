@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import psutil
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather, sync_global_devices
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
@@ -217,6 +219,60 @@ def join_processes(coordinator='', num_processes=1, process_id=0, patience=300):
         except OSError as e:
             why = f'process 0 is not there ({e})'
     raise RuntimeError(f'{who} has waited for {patience} s at {coordinator}, but {why}')
+
+
+# settings in which processes that train together may differ; out_dir is compared by what is in it
+OF_THE_PROCESS = {'process_id', 'coordinator', 'device', 'out_dir', 'compile_cache', 'profile', 'wandb_log',
+                  'wandb_project', 'wandb_run_name'}
+
+
+def check_alike(settings, *files):
+    """Raises ValueError in all processes if they differ in a setting, in JAX's version, or in one of the `files`, which
+    are pairs of a folder and a pattern, by its size or its first MiB. They would train on, with wrong numbers."""
+    if jax.process_count() == 1:
+        return
+    facts = {key: value for key, value in settings.items() if key not in OF_THE_PROCESS} | {'jax': jax.__version__}
+    for folder, pattern in files:
+        for path in sorted(Path(folder).glob(pattern)):
+            with open(path, 'rb') as f:
+                content = f'{path.stat().st_size:,} bytes, CRC {zlib.crc32(f.read(2**20)):08x}'
+            facts[path.relative_to(folder).as_posix()] = content
+    lines = '\n'.join(f'{name} = {fact!r}' for name, fact in facts.items()).encode()
+    everyones = process_allgather(np.frombuffer(lines.ljust(2**14)[:2**14], np.uint8))
+    first, *others = (bytes(lines).decode(errors='replace').strip().splitlines() for lines in everyones)
+    for i, lines in enumerate(others, 1):
+        if lines != first:
+            here = ', '.join(line for line in first if line not in lines)
+            there = ', '.join(line for line in lines if line not in first)
+            raise ValueError(f'process 0 has {here or "less"}, and process {i} has {there or "less"}: processes that '
+                             'train together need the same settings and files')
+
+
+def check_shared(out_dir):
+    """Raises ValueError in all processes if they do not see the same out_dir, into which all of them write checkpoints.
+    Process 0 makes a file for a moment, and the others look for it."""
+    if jax.process_count() == 1 or '://' in out_dir:  # such as gs://, which is the same everywhere
+        return
+    folder = Path(out_dir).absolute()
+    folders = [folder, *folder.parents]  # out_dir may be about to be created
+    here = next(i for i, folder in enumerate(folders) if folder.is_dir())
+    here, number = broadcast_one_to_all(np.array([here, int.from_bytes(os.urandom(3))]))
+    file = folders[min(here, len(folders) - 1)] / f'.nanogpt-{number}'
+    if jax.process_index() == 0:
+        with contextlib.suppress(OSError):  # then nobody sees it
+            file.touch()
+    sync_global_devices('out_dir')
+    for _ in range(20):  # some disks take a moment
+        seen = file.exists()
+        if seen:
+            break
+        time.sleep(0.1)
+    blind = np.flatnonzero(~process_allgather(np.array(seen)))
+    if jax.process_index() == 0:
+        file.unlink(missing_ok=True)
+    if len(blind):
+        raise ValueError(f'out_dir = {out_dir!r}: process {blind[0]} does not see what process 0 writes there: put it on '
+                         'a disk that all of them share')
 
 
 def only_process_0_prints():

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 
@@ -96,3 +97,24 @@ except (ValueError, RuntimeError) as e:
                                    'but process 0 is not there')):
         assert message in err and len(err.splitlines()) == 1, err
     assert [process.returncode for process in processes] == [2, 2, 2]
+
+
+def test_processes_with_other_settings_or_files_are_refused_and_the_differences_named(monkeypatch, tmp_path):
+    settings = dict(batch_size=4, learning_rate=0.1, out_dir='out', process_id=0)
+    monkeypatch.setattr('jax.process_count', lambda: 2)
+    sent = []
+
+    def check(**changes):
+        monkeypatch.setattr(devices, 'process_allgather', lambda mine: sent.append(mine) or np.stack([sent[0], mine]))
+        devices.check_alike(settings | changes, (tmp_path, '*.bin'))
+
+    (tmp_path / 'train.bin').write_bytes(b'1234')
+    check()
+    check(process_id=1, out_dir='/home/out')
+    for changes, content, here, there in (({'batch_size': 2}, b'1234', 'batch_size = 4', 'batch_size = 2'),
+                                          ({}, b'1235', "train.bin = '4 bytes", "train.bin = '4 bytes"),
+                                          ({}, b'12345', "train.bin = '4 bytes", "train.bin = '5 bytes")):
+        (tmp_path / 'train.bin').write_bytes(content)
+        with pytest.raises(ValueError, match=f'process 0 has {here}.*, and process 1 has {there}') as e:
+            check(**changes)
+        assert 'learning_rate' not in str(e.value)

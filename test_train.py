@@ -515,13 +515,13 @@ def test_nothing_that_only_unix_has_is_needed(repo):
 MANY = [*TINY, '--dtype=float32', '--n_embd=32', '--dropout=0.0', '--batch_size=2', '--gradient_accumulation_steps=8']
 
 
-def start_two(repo, *args):
-    """Two processes of two simulated devices each."""
+def start_two(repo, *args, own=('', '')):
+    """Two processes of two simulated devices each. Each may have an option of its own."""
     with socket.socket() as s:
         s.bind(('localhost', 0))
         port = s.getsockname()[1]
     return [start(repo, 'train.py', *args, f'--coordinator=localhost:{port}', '--num_processes=2', f'--process_id={i}',
-                  XLA_FLAGS='--xla_force_host_platform_device_count=2') for i in (0, 1)]
+                  *own[i].split(), XLA_FLAGS='--xla_force_host_platform_device_count=2') for i in (0, 1)]
 
 
 def ends_of(processes, code=0):
@@ -563,6 +563,17 @@ def test_two_processes_do_what_one_does_stop_together_and_resume_exactly_after_e
     assert_close_losses(log_of(repo / 'two'), log_of(repo / 'alone'))
     noticed.result()
     ends_of(first[:1], code=None)
+
+
+def test_two_processes_that_do_not_share_out_dir_are_refused_together_and_nothing_is_written(repo, whole):
+    for name in 'host0', 'host1':
+        (repo / name).mkdir()
+    shutil.copytree(whole, repo / 'host1/out')  # an old run is in the way on one of them
+    before = files_in(repo / 'host1')
+    for process in start_two(repo, *MANY, '--overwrite=True', own=('--out_dir=host0/out', '--out_dir=host1/out')):
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and err.startswith('train.py: error: out_dir = ') and len(err.splitlines()) == 1
+    assert files_in(repo / 'host1') == before and not list((repo / 'host0').iterdir())
 
 
 # -----------------------------------------------------------------------------

@@ -98,8 +98,8 @@ import numpy as np
 import lora
 from checkpoints import NO_BEST, Checkpoints, RunError, find_step, is_finished, save_base
 from dataset import dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded, tokenizer, train_starts
-from devices import (StopSignal, best_dtype, choose_kernels, compile_for, find_devices, join_processes, keep_compiled,
-                     make_mesh, memory_errors, only_process_0_prints, profiled, side_by_side)
+from devices import (StopSignal, best_dtype, check_alike, check_shared, choose_kernels, compile_for, find_devices,
+                     join_processes, keep_compiled, make_mesh, memory_errors, only_process_0_prints, profiled, side_by_side)
 from engine import generate
 from log import Log, log_in_to_wandb, start_wandb
 from model import GPTConfig, build
@@ -143,10 +143,16 @@ if decay_lr and (min_lr > learning_rate or warmup_iters > lr_decay_iters):
 # -----------------------------------------------------------------------------
 # devices: one mesh, whatever there is
 
-with refuse(ValueError, RuntimeError):
+with refuse(ValueError, RuntimeError, OSError):
     join_processes(coordinator, num_processes, process_id)
     devices = find_devices(device)
     mesh = make_mesh(devices, mesh_data, mesh_tensor)
+    run = out_dir if init_from == 'resume' else init_from
+    check_alike(config | {'dtype': dtype or best_dtype(devices, kernels)}, (_here, '*.py'),
+                (_here, f'data/{dataset}/*.bin'), (_here, f'data/{dataset}/*.json'),
+                (run, '*.json'), (run, 'checkpoints/*/*.json'))
+    if not eval_only:
+        check_shared(out_dir)
 if compile_cache:
     keep_compiled()
 only_process_0_prints()
