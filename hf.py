@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax.nnx.traversals import flatten_mapping
 
-from dataset import read_json
+from dataset import gpt2_vocabulary, read_json
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
@@ -201,29 +201,13 @@ def tokenizer_json(kind, chars='', name=''):
         return result | {'pre_tokenizer': split, 'decoder': {'type': 'Fuse'}, 'model': words}, None
     if name != 'gpt2':
         raise ValueError(f'the tokenizer {name} cannot be exported, only gpt2 and characters can')
-    import tiktoken
-    enc = tiktoken.get_encoding(name)
-    rank = {enc.decode_single_token_bytes(i): i for i in range(enc.eot_token)}
-    # GPT-2 writes each byte as a visible character: bytes that are none are moved to 256 and on
-    visible = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
-    hidden = sorted(set(range(256)) - set(visible))
-    char = {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-    show = lambda token: ''.join(char[b] for b in token)
-    merges = []
-    for token in rank:  # its merge joins what all earlier merges make of its bytes
-        parts = [bytes([b]) for b in token]
-        while len(parts) > 2:
-            i = min(range(len(parts) - 1), key=lambda i: rank.get(parts[i] + parts[i + 1], len(rank)))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append([show(part) for part in parts])
+    vocab, merges = gpt2_vocabulary()
     end = '<|endoftext|>'
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
-    added = {'id': enc.eot_token, 'content': end, 'special': True, 'normalized': False, 'single_word': False,
+    added = {'id': vocab[end], 'content': end, 'special': True, 'normalized': False, 'single_word': False,
              'lstrip': False, 'rstrip': False}
     bpe = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': '', 'end_of_word_suffix': '',
-           'fuse_unk': False, 'vocab': {show(token): i for token, i in rank.items()} | {end: enc.eot_token},
-           'merges': merges}
+           'fuse_unk': False, 'vocab': vocab, 'merges': merges}
     result |= dict.fromkeys(('pre_tokenizer', 'post_processor', 'decoder'), byte_level)
     return result | {'added_tokens': [added], 'model': bpe}, end
 

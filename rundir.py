@@ -2,6 +2,7 @@
 What a run directory holds, and how it stays whole whatever happens to the process that writes it:
 
 config.json    all config values, the model's arguments, the tokenizer, versions
+tokenizer.json a copy of the tokenizer, if it is a Hugging Face one
 checkpoints/   N/ is the state after N iterations, written by Orbax: the latest two, and the best
 best.json      which checkpoint has the best validation loss
 base/          with LoRA, the frozen parameters, written once; the checkpoints hold only the adapters
@@ -28,7 +29,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 import hf
 import lora
 from checkpoints import damaged_file, find_step, load_base, remove, saved_steps, write
-from dataset import GPT2_META, check_meta, read_json
+from dataset import GPT2_META, gpt2_vocabulary, hf_meta, read_json, read_meta
 from devices import choose_kernels
 from model import GPTConfig, abstract_params, build
 from step import on_one_device
@@ -59,7 +60,7 @@ def clear_run(out_dir):
             for path in Path(out_dir, 'checkpoints').iterdir():
                 if re.match(r'\d+($|\.orbax-)', path.name):
                     remove(path)
-        for name in ('best.json', 'log.csv', 'loss.png', 'base', 'config.json'):
+        for name in ('best.json', 'log.csv', 'loss.png', 'base', 'tokenizer.json', 'config.json'):
             remove(Path(out_dir, name))
     sync_global_devices('cleared')
 
@@ -87,7 +88,8 @@ def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):
     for wrong, number in (not there.is_dir(), errno.ENOTDIR), (not os.access(there, os.W_OK), errno.EACCES):
         if wrong and not eval_only:
             raise OSError(number, os.strerror(number), out_dir)
-    found = [name for name in ('config.json', 'best.json', 'log.csv', 'loss.png', 'checkpoints', 'base')
+    found = [name for name in ('config.json', 'best.json', 'log.csv', 'loss.png', 'checkpoints', 'base',
+                                 'tokenizer.json')
              if os.path.lexists(folder / name) and not is_empty_folder(folder / name)]
     if found and init_from != 'resume' and not eval_only:
         if not is_run(folder):
@@ -134,8 +136,7 @@ def read_run(out_dir):
     if not path.exists():
         check_not_nanogpts(out_dir)
         raise ValueError(f'out_dir = {str(out_dir)!r} holds no run: there is nothing to resume or to read')
-    saved = read_json(path)
-    check_meta(saved, path)
+    saved = read_meta(path)
     args = saved.get('model_args')
     if isinstance(args, dict):
         args.pop('flash', None)  # version 2 saved it, though the machine decides it
@@ -186,6 +187,9 @@ def adopt_shape(config, shape, typed, source):
 def save_config(out_dir, config, model_args, meta):
     versions = {name: version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')}
     run = {'config': config, 'model_args': model_args, **meta, 'versions': versions}
+    if meta['tokenizer']['kind'] == 'hf':  # a run has a copy, and is complete in itself
+        write(os.path.join(out_dir, 'tokenizer.json'), Path(meta['tokenizer']['file']).read_bytes())
+        run['tokenizer'] = meta['tokenizer'] | {'file': 'tokenizer.json'}
     write(os.path.join(out_dir, 'config.json'), json.dumps(run, indent=1))
 
 
@@ -193,11 +197,26 @@ def save_config(out_dir, config, model_args, meta):
 # models
 
 
+def read_tokenizer(folder, config):
+    """The vocab_size and the tokenizer of a model's folder: its meta.json's, its tokenizer.json's, or GPT-2's, if the
+    model can be a GPT-2. Raises ValueError where it has another one, which we do not read."""
+    if (folder / 'meta.json').exists():
+        return read_meta(folder / 'meta.json')
+    if (folder / 'tokenizer.json').exists():
+        return hf_meta(folder)
+    others = [file for name in ('vocab.json', 'tokenizer.model', '*.tiktoken', 'vocab.txt') for file in folder.glob(name)]
+    is_gpt2 = [file.name for file in others] == ['vocab.json'] and read_json(others[0]) == gpt2_vocabulary()[0]
+    if is_gpt2 or not others and config.arch == 'gpt2' and 0 <= config.vocab_size - GPT2_META['vocab_size'] < 64:
+        return GPT2_META
+    raise ValueError(f'{folder} has no tokenizer.json; where transformers is, make one: python -c "from transformers '
+                     f'import *; AutoTokenizer.from_pretrained(\'{folder}\').save_pretrained(\'{folder}\')"')
+
+
 def open_model(source, checkpoint='best'):
     """(config, meta, read) of a run directory, of 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or of a folder in
     their format: the GPTConfig, a dict with vocab_size and tokenizer, and a function that reads the parameters.
-    read(block_size, place) can take fewer positions, and place() gives abstract parameters their shardings. A folder
-    needs a meta.json, such as a dataset has, if its tokenizer is not GPT-2's. Raises ValueError."""
+    read(block_size, place) can take fewer positions, and place() gives abstract parameters their shardings. Raises
+    ValueError."""
     folder = Path(source)
     if source not in hf.GPT2:
         check_not_nanogpts(folder)
@@ -209,10 +228,7 @@ def open_model(source, checkpoint='best'):
     fields, tensors = hf.open_pretrained(source)
     config = GPTConfig(**fields)
     hf.check_tensors(tensors, abstract_params(config), fields, source)
-    meta = GPT2_META
-    if (folder / 'meta.json').exists():
-        meta = read_json(folder / 'meta.json')
-        check_meta(meta, folder / 'meta.json')
+    meta = GPT2_META if source in hf.GPT2 else read_tokenizer(folder, config)
     if meta['vocab_size'] > config.vocab_size:
         raise ValueError(f'{source} has a vocabulary of {config.vocab_size}, which is not the {meta["vocab_size"]} of '
                          'its tokenizer: put a meta.json there, such as a dataset has, that names its own')

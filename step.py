@@ -285,27 +285,27 @@ def eval_step(params, tokens, config):
     return jax.lax.map(model.loss, tokens).mean()
 
 
-def abstract_tokens(setup, shape):
-    """What load_batch() gives for `shape` = (G, B)."""
+def abstract_tokens(setup, shape, dtype):
+    """What load_batch() gives for `shape` = (G, B) and a file of this type."""
     shape = *shape, setup.config.block_size + 1
-    return jax.ShapeDtypeStruct(shape, np.uint16, sharding=batch_sharding(setup.mesh))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(setup.mesh))
 
 
-def lower_step(setup, state, shape):
+def lower_step(setup, state, shape, dtype=np.uint16):
     """train_step for a state, abstract or not, and batches of `shape` = (G, B), ready to be compiled."""
-    tokens, key = abstract_tokens(setup, shape), jax.random.key(0)
+    tokens, key = abstract_tokens(setup, shape, dtype), jax.random.key(0)
     with jax.set_mesh(setup.mesh):  # kernels.over_mesh() asks for it
         return train_step.lower(state, tokens, 0.0, key, setup=setup)
 
 
-def compile_step(setup, state, shape):
+def compile_step(setup, state, shape, dtype=np.uint16):
     """train_step compiled: a function of (state, tokens, lr, key)."""
-    return compile_for(setup.mesh, lower_step(setup, state, shape))
+    return compile_for(setup.mesh, lower_step(setup, state, shape, dtype))
 
 
-def compile_eval(setup, params, shape):
+def compile_eval(setup, params, shape, dtype=np.uint16):
     """eval_step compiled: a function of (params, tokens)."""
-    tokens = abstract_tokens(setup, shape)
+    tokens = abstract_tokens(setup, shape, dtype)
     with jax.set_mesh(setup.mesh):
         lowered = eval_step.lower(params, tokens, config=setup.config)
     return compile_for(setup.mesh, lowered)

@@ -29,7 +29,7 @@ import model
 import optim
 import step
 from checkpoints import NO_BEST, Checkpoints
-from dataset import eval_starts, load_batch, micro_batches, tokenizer, train_starts
+from dataset import GPT2_META, eval_starts, load_batch, micro_batches, tokenizer, train_starts
 from devices import make_mesh, side_by_side
 from engine import generate, stream
 from model import GPT, GPTConfig, abstract_params, build, dropout, params_of, sample_token
@@ -253,6 +253,10 @@ def test_a_bad_config_is_refused():
 # GPT-2's weights
 
 
+def char_meta(n):
+    return {'vocab_size': n, 'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(65, 65 + n)))}}
+
+
 def gpt2_files(folder, config, prefix='transformer.', parts=1, dtype=np.float32, without=(), extra=(),
                old_names=True, **changes):
     """Writes random weights as Hugging Face has GPT-2's, and returns them nested, as numpy_gpt wants them."""
@@ -281,7 +285,7 @@ def gpt2_files(folder, config, prefix='transformer.', parts=1, dtype=np.float32,
           'n_positions': config.block_size, 'n_embd': C, 'n_layer': config.n_layer, 'n_head': config.n_head,
           'vocab_size': config.vocab_size, 'attn_pdrop': 0.1} | changes
     (folder / 'config.json').write_text(json.dumps({k: v for k, v in hf.items() if v is not None}))
-    (folder / 'meta.json').write_text(json.dumps({'vocab_size': config.vocab_size, 'tokenizer': {'kind': 'tiktoken', 'name': ''}}))
+    (folder / 'meta.json').write_text(json.dumps(char_meta(config.vocab_size)))
     key = lambda name: tuple(int(part) if part.isdigit() else part for part in name.split('.'))
     return unflatten_mapping({key(name): x.astype(np.float32) for name, x in weights.items()})
 
@@ -350,11 +354,62 @@ def test_a_pickle_is_refused_and_a_damaged_file_named(tmp_path):
 def test_a_vocabulary_that_nobody_describes_is_refused(tmp_path):
     gpt2_files(tmp_path, TINY)
     (tmp_path / 'meta.json').unlink()
+    with pytest.raises(ValueError, match='has no tokenizer.json'):
+        open_model(tmp_path)
+    (tmp_path / 'meta.json').write_text(json.dumps(char_meta(38)))
     with pytest.raises(ValueError, match='vocabulary of 37, .*meta.json'):
         open_model(tmp_path)
-    meta = {'vocab_size': 37, 'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(65, 102)))}}
-    (tmp_path / 'meta.json').write_text(json.dumps(meta))
+    (tmp_path / 'meta.json').write_text(json.dumps(char_meta(37)))
+    assert open_model(tmp_path)[1] == char_meta(37)
+
+
+def bpe_files(folder, vocab_size=300, **config):
+    """Writes a tokenizer.json with a byte-level BPE of its own, and a tokenizer_config.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bytes_ = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator([Path(__file__).read_text(encoding='utf-8')], trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=['<|end|>', '<|user|>'], initial_alphabet=bytes_, show_progress=False))
+    folder.mkdir(exist_ok=True)
+    bpe.save(str(folder / 'tokenizer.json'))
+    (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': {'content': '<|end|>'}} | config))
+    return bpe
+
+
+def test_a_model_is_read_with_the_tokenizer_in_its_folder_and_never_with_another_one(tmp_path):
+    gpt2_files(tmp_path, dataclasses.replace(TINY, vocab_size=320))
+    (tmp_path / 'meta.json').unlink()
+    bpe = bpe_files(tmp_path)
+    meta = open_model(tmp_path)[1]
+    encode, decode, eot = tokenizer(meta['tokenizer'])
+    text = 'def é(世界):<|end|>\n'
+    assert meta['vocab_size'] == 300 and encode(text) == bpe.encode(text).ids and eot == 0 in encode(text)
+    assert decode(encode(text)) == text
+    # a meta.json names it; another one in its place is noticed
+    (tmp_path / 'meta.json').write_text(json.dumps(meta | {'tokenizer': meta['tokenizer'] | {'file': 'tokenizer.json'}}))
     assert open_model(tmp_path)[1] == meta
+    bpe_files(tmp_path, 299)
+    with pytest.raises(ValueError, match='tokenizer.json is not the tokenizer that'):
+        open_model(tmp_path)
+    for file in '../tokenizer.json', '/etc/passwd', None:
+        (tmp_path / 'meta.json').write_text(json.dumps(meta | {'tokenizer': meta['tokenizer'] | {'file': file}}))
+        with pytest.raises(ValueError, match='meta.json lacks vocab_size or a tokenizer'):
+            open_model(tmp_path)
+    # files that we do not read, and one that is none
+    (tmp_path / 'meta.json').unlink()
+    (tmp_path / 'tokenizer.json').write_text('{"model": {"type": "Magic"}}')
+    with pytest.raises(ValueError, match='tokenizer.json is not a tokenizer'):
+        open_model(tmp_path)
+    (tmp_path / 'tokenizer.json').rename(tmp_path / 'tokenizer.model')
+    gpt2_files(tmp_path, dataclasses.replace(TINY, vocab_size=50257))
+    (tmp_path / 'meta.json').unlink()
+    with pytest.raises(ValueError, match='has no tokenizer.json'):
+        open_model(tmp_path)
+    # GPT-2's own, as the files of many models have it
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(hf.tokenizer_json('tiktoken', name='gpt2')[0]))
+    assert open_model(tmp_path)[1] == GPT2_META
 
 
 @pytest.mark.parametrize('file, content, message', [
@@ -390,8 +445,7 @@ def test_without_a_network_gpt2_says_what_to_put_where(tmp_path):
 
 def qwen3_files(folder, config, **changes):
     """Writes tiny_model(config) as Hugging Face has a Qwen3, and returns its config.json."""
-    meta = {'vocab_size': 37, 'tokenizer': {'kind': 'char', 'chars': ''.join(map(chr, range(65, 102)))}}
-    files = hf.export_files(config, meta, 'float32')
+    files = hf.export_files(config, char_meta(37), 'float32')
     files['config.json'] = {k: v for k, v in (files['config.json'] | changes).items() if v != 'left out'}
     hf.write_directory(folder, files, hf.file_tensors(params_of(tiny_model(config)), config, 37, 'float32'))
     return files['config.json']

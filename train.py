@@ -97,7 +97,8 @@ import numpy as np
 
 import lora
 from checkpoints import NO_BEST, Checkpoints, RunError, find_step, is_finished, save_base
-from dataset import dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded, tokenizer, train_starts
+from dataset import (dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded, tokenizer,
+                     train_starts, vocabulary)
 from devices import (StopSignal, best_dtype, check_alike, check_shared, choose_kernels, compile_for, find_devices,
                      join_processes, keep_compiled, make_mesh, memory_errors, only_process_0_prints, profiled, side_by_side)
 from engine import generate
@@ -180,7 +181,7 @@ if pretrained:  # keeps its vocabulary size: a new row of zeros would be GPT-2's
     vocab_size, known, source = pretrained.vocab_size, pretrained_meta, init_from
 elif init_from == 'resume':
     vocab_size, known, source = saved['model_args']['vocab_size'], saved, f'the run in {out_dir}'
-if any(meta[k] != known[k] for k in ('vocab_size', 'tokenizer')):
+if vocabulary(meta) != vocabulary(known):
     fail(f'dataset = {dataset!r} has another vocabulary than {source}')
 
 
@@ -226,8 +227,8 @@ if not (debug_nans or finished):  # else JAX compiles what is called
     with refuse(MemoryError, ValueError):
         create, step, evaluate = side_by_side(
             lambda: compile_for(mesh, create.lower()),
-            lambda: step if eval_only else compile_step(setup, abstract, batch_shape),
-            lambda: compile_eval(setup, all_params(abstract), eval_call))
+            lambda: step if eval_only else compile_step(setup, abstract, batch_shape, data['train'].dtype),
+            lambda: compile_eval(setup, all_params(abstract), eval_call, data['train'].dtype))
 
 # -----------------------------------------------------------------------------
 # the state: the run's latest checkpoint, or a new one, perhaps with pretrained weights

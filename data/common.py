@@ -10,10 +10,12 @@ import os
 import shutil
 import sys
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 
-GPT2_META = {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dataset import GPT2_META, gpt2_encoding
 
 
 def fail(message):
@@ -86,16 +88,6 @@ def char_tokenizer(chars):
     id_of[[ord(c) for c in chars]] = np.arange(len(chars))
     encode = lambda text: id_of[np.frombuffer(text.encode('utf-32-le'), '<u4')]
     return encode, {'vocab_size': len(chars), 'tokenizer': {'kind': 'char', 'chars': chars}}
-
-
-def gpt2_encoding():
-    """tiktoken's encoding of GPT-2. It downloads the vocabulary once."""
-    import tiktoken
-    try:
-        return tiktoken.get_encoding('gpt2')
-    except Exception as e:  # an error of the network, or a damaged cache
-        fail(f"could not load GPT-2's vocabulary ({type(e).__name__}): on a machine with a network, run this with "
-             'TIKTOKEN_CACHE_DIR=DIR, then copy DIR here and set TIKTOKEN_CACHE_DIR to it')
 
 
 def tiny_shakespeare(*folders):

@@ -114,7 +114,6 @@ def prepare(script, doc, repo, revision, cached, written):
             fail('interrupted: run the same command to start again; what is downloaded is kept', 130)
 
     signal.signal(signal.SIGINT, on_ctrl_c)
-    gpt2_encoding()  # its errors come before the download
     if args.repo == repo and not args.files:
         from huggingface_hub.constants import HF_HUB_CACHE
         check_room(out, written)

@@ -3,9 +3,8 @@ Tiny Shakespeare in GPT-2's byte pair encoding, to finetune GPT-2 on.
 
     python data/shakespeare/prepare.py
 
-Reads input.txt in this folder or in data/shakespeare_char, and downloads it first (1 MB) if it is in neither. tiktoken
-downloads GPT-2's vocabulary once. Writes train.bin (uint16 ids of the first 90% of the text), val.bin (the rest) and
-meta.json.
+Reads input.txt in this folder or in data/shakespeare_char, and downloads it first (1 MB) if it is in neither. Writes
+train.bin (uint16 ids of the first 90% of the text), val.bin (the rest) and meta.json.
 """
 import sys
 from pathlib import Path
