@@ -147,6 +147,27 @@ def tokenizer(meta):
     return functools.partial(enc.encode, allowed_special={'<|endoftext|>'}), enc.decode, enc.eot_token
 
 
+def token_bytes(meta):
+    """How many bytes of text, in UTF-8, each token of the tokenizer in a meta.json stands for, an array (V,). Special
+    tokens are no text. Raises ValueError where the tokens are not known as bytes."""
+    if meta['kind'] == 'char':
+        return np.array([len(c.encode('utf-8', 'surrogatepass')) for c in meta['chars']])
+    if meta['kind'] == 'hf':
+        hf = hf_tokenizer(meta['file'])
+        vocab, added = hf.get_vocab(with_added_tokens=False), hf.get_added_tokens_decoder()
+        apart = {id: 0 if token.special else len(token.content.encode()) for id, token in added.items()}
+    else:
+        vocab, apart = gpt2_vocabulary()[0], {50256: 0}
+    if meta.get('name', 'gpt2') != 'gpt2' or not set(''.join(vocab)) <= set(byte_characters().values()):
+        raise ValueError('the tokens of this tokenizer are not known as bytes')
+    lengths = np.zeros(max([*vocab.values(), *apart]) + 1, int)
+    for token, id in vocab.items():
+        lengths[id] = len(token)  # a character stands for a byte
+    for id, length in apart.items():
+        lengths[id] = length
+    return lengths
+
+
 # -----------------------------------------------------------------------------
 # tokens: files to batches
 
@@ -180,6 +201,13 @@ def open_dataset(folder, block_size):
             raise ValueError(f'{path} holds token {highest}, but the vocabulary has {meta["vocab_size"]}; prepare the '
                              'dataset again')
     return data, meta
+
+
+def bytes_per_token(data, starts, block_size, meta):
+    """The mean of token_bytes(meta) over what is predicted in the sequences that begin at `starts`: it turns a loss in
+    nats per token into bits per byte, which compare between tokenizers. Raises ValueError as token_bytes() does."""
+    lengths = token_bytes(meta)
+    return np.mean([lengths[data[part[..., None] + np.arange(1, block_size + 1)]].mean() for part in starts])
 
 
 def padded(vocab_size):

@@ -45,15 +45,18 @@ def start_wandb(project, name, config, run_id):
 class Log:
     """log.csv goes on where the run does, at first_iter: rows that the run is about to make again are dropped, and so
     are cut-off ones."""
-    columns = ['iter', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'skipped', 'time_ms', 'tokens_per_s']
+    columns = ['iter', 'loss', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'skipped', 'time_ms', 'tokens_per_s',
+               'tokens']  # that the run has seen; version 2 had no such column
 
     def __init__(self, out_dir, first_iter, max_iters, log_interval, tokens_per_iter, mfu, max_skipped, stop,
-                 wandb_run=None, writes=True):
+                 wandb_run=None, writes=True, tokens_seen=0):
         self.title = out_dir
         self.path = Path(out_dir, 'log.csv')
         self.first_iter = first_iter
         self.log_interval = log_interval
         self.tokens_per_iter = tokens_per_iter
+        self.tokens_seen = tokens_seen  # before first_iter
+        self.bytes_per_token = None  # of the text in evaluations of val, if somebody knows
         self.mfu = mfu
         self.max_skipped = max_skipped
         self.stop = stop
@@ -64,7 +67,8 @@ class Log:
             lines = [','.join(self.columns) + '\n']
             if first_iter > 0 and self.path.exists():
                 text = self.path.read_text(encoding='utf-8', errors='replace')
-                lines += [line for line in text.splitlines(keepends=True) if self.iter_of(line) < first_iter]
+                lines += [line.rstrip('\n') + ',' * (len(self.columns) - 1 - line.count(',')) + '\n'
+                          for line in text.splitlines(keepends=True) if self.iter_of(line) < first_iter]
             write(self.path, ''.join(lines))
             self.file = open(self.path, 'a', buffering=1, encoding='utf-8')
         self.start_time = self.last_time = self.last_plot = time.perf_counter()
@@ -76,7 +80,12 @@ class Log:
             cells = [float(cell.strip() or 'inf') for cell in line.split(',')]
         except ValueError:
             return math.inf
-        return cells[0] if line.endswith('\n') and len(cells) == len(self.columns) else math.inf
+        whole = line.endswith('\n') and len(cells) in (len(self.columns) - 1, len(self.columns))
+        return cells[0] if whole else math.inf
+
+    def tokens_before(self, n):
+        """The tokens that the run has seen before iteration n."""
+        return self.tokens_seen + (n - self.first_iter) * self.tokens_per_iter
 
     def __enter__(self):
         return self
@@ -143,7 +152,9 @@ class Log:
             self.say(f"iter {n}: loss {metrics['loss']:.4f}, time {dt * 1000:.2f}ms, mfu {mfu}, "
                      f"tok/s {tokens_per_s:,.0f}{skipped}")
             row = {k: v for k, v in metrics.items() if k in self.columns}
-            self.row(iter=n, lr=lr, time_ms=dt * 1000, tokens_per_s=tokens_per_s, **row)
+            self.row(iter=n, lr=lr, time_ms=dt * 1000, tokens_per_s=tokens_per_s, tokens=self.tokens_before(n + 1),
+                     **row)
+            self.to_wandb({'iter': n, 'batch/loss': metrics['loss'], 'grad_norm': metrics['grad_norm']})
         if metrics['skipped_in_a_row'] >= self.max_skipped:
             raise RunError(
                 f'the gradients of {self.max_skipped} iterations in a row, up to {n}, were not finite, and their '
@@ -158,10 +169,15 @@ class Log:
         self.last_time = time.perf_counter()
 
     def evaluation(self, n, losses, lr):
-        self.say(f"step {n}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        self.to_wandb({'iter': n, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
-                       'mfu': 100 * (self.running_mfu or 0)})
-        self.row(iter=n, train_loss=losses['train'], val_loss=losses['val'], lr=lr)
+        text = f"step {n}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+        values = {'iter': n, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr,
+                  'mfu': 100 * (self.running_mfu or 0)}
+        if self.bytes_per_token:  # nats per token become bits per byte, which compare between tokenizers
+            values['val/bits_per_byte'] = bits = losses['val'] / math.log(2) / self.bytes_per_token
+            text += f', {bits:.3f} bits/byte'
+        self.say(text)
+        self.to_wandb(values)
+        self.row(iter=n, train_loss=losses['train'], val_loss=losses['val'], lr=lr, tokens=self.tokens_before(n))
         if time.perf_counter() - self.last_plot > 30:  # a picture takes as long as some iterations
             self.plot()
             self.last_plot = time.perf_counter()
@@ -174,7 +190,8 @@ class Log:
     def row(self, **row):
         with self.harmless('log.csv'):
             if self.file:
-                self.file.write(','.join(f'{row[c]:.7g}' if c in row else '' for c in self.columns) + '\n')
+                text = lambda x: f'{x:.7g}' if isinstance(x, float) else str(x)
+                self.file.write(','.join(text(row.get(column, '')) for column in self.columns) + '\n')
 
     def plot(self):
         with self.harmless('loss.png'):

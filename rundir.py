@@ -1,7 +1,7 @@
 """
 What a run directory holds, and how it stays whole whatever happens to the process that writes it:
 
-config.json    all config values, the model's arguments, the tokenizer, versions
+config.json    all config values, the model's arguments, the tokenizer, versions, the commit and the command
 tokenizer.json a copy of the tokenizer, if it is a Hugging Face one
 checkpoints/   N/ is the state after N iterations, written by Orbax: the latest two, and the best
 best.json      which checkpoint has the best validation loss
@@ -17,6 +17,9 @@ import errno
 import json
 import os
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -184,9 +187,18 @@ def adopt_shape(config, shape, typed, source):
     return config | {key: shape[key] for key in SHAPE} | {'block_size': block_size}
 
 
+def commit():
+    """The commit of this code, with a + where files have changed since; '' where git does not know."""
+    git = 'git', '-C', str(Path(__file__).parent), 'describe', '--always', '--exclude=*', '--abbrev=40', '--dirty=+'
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    return ''
+
+
 def save_config(out_dir, config, model_args, meta):
     versions = {name: version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')}
-    run = {'config': config, 'model_args': model_args, **meta, 'versions': versions}
+    run = {'config': config, 'model_args': model_args, **meta, 'versions': versions, 'commit': commit(),
+           'command': shlex.join(sys.argv)}
     if meta['tokenizer']['kind'] == 'hf':  # a run has a copy, and is complete in itself
         write(os.path.join(out_dir, 'tokenizer.json'), Path(meta['tokenizer']['file']).read_bytes())
         run['tokenizer'] = meta['tokenizer'] | {'file': 'tokenizer.json'}

@@ -29,7 +29,7 @@ import model
 import optim
 import step
 from checkpoints import NO_BEST, Checkpoints
-from dataset import GPT2_META, eval_starts, load_batch, micro_batches, tokenizer, train_starts
+from dataset import GPT2_META, eval_starts, load_batch, micro_batches, token_bytes, tokenizer, train_starts
 from devices import make_mesh, side_by_side
 from engine import generate, stream
 from model import GPT, GPTConfig, abstract_params, build, dropout, params_of, sample_token
@@ -387,6 +387,7 @@ def test_a_model_is_read_with_the_tokenizer_in_its_folder_and_never_with_another
     text = 'def é(世界):<|end|>\n'
     assert meta['vocab_size'] == 300 and encode(text) == bpe.encode(text).ids and eot == 0 in encode(text)
     assert decode(encode(text)) == text
+    assert token_bytes(meta['tokenizer'])[encode(text)].sum() == len(text.encode()) - len('<|end|>')
     # a meta.json names it; another one in its place is noticed
     (tmp_path / 'meta.json').write_text(json.dumps(meta | {'tokenizer': meta['tokenizer'] | {'file': 'tokenizer.json'}}))
     assert open_model(tmp_path)[1] == meta

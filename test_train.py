@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ import tokenizers
 from checkpoints import write
 from conftest import run, start
 from checkpoints import RunError
-from dataset import eval_starts, gpt2_encoding, open_dataset
+from dataset import bytes_per_token, eval_starts, gpt2_encoding, open_dataset, token_bytes
 from log import Log
 from model import GPTConfig
 from rundir import check_out_dir, clear_run, load_model, open_model, open_run
@@ -172,19 +174,23 @@ def test_prepare_train_resume_and_sample(repo):
     """Every command has an interpreter of its own here, as when you type it."""
     out = run(repo, 'train.py', *TINY, '--out_dir=out', '--sample_tokens=20', fresh=True,
               MPLBACKEND='unknown')  # a notebook sets one that only its own Python may have
-    steps = re.findall(r'^step (\d+): train loss (\d\.\d{4}), val loss \d\.\d{4}$', out, re.MULTILINE)
-    assert [int(n) for n, _ in steps] == [0, 5, 10] and float(steps[-1][1]) < float(steps[0][1]) - 0.3
+    steps = re.findall(r'^step (\d+): train loss (\d\.\d{4}), val loss (\d\.\d{4}), (\d\.\d{3}) bits/byte$', out,
+                       re.MULTILINE)
+    assert [int(step[0]) for step in steps] == [0, 5, 10] and float(steps[-1][1]) < float(steps[0][1]) - 0.3
+    assert float(steps[-1][3]) == pytest.approx(float(steps[-1][2]) / np.log(2), abs=1e-3)  # ROMEO is ASCII
     iters = re.findall(r'^iter (\d+): loss \d\.\d{4}, time \d+\.\d\dms, mfu n/a, tok/s [\d,]+$', out, re.MULTILINE)
     assert [int(n) for n in iters] == list(range(13))
     assert 'best validation loss' in out and 'tokens per iteration will be: 128' in out
     assert '--- a sample at step 10' in out
     saved = json.loads((repo / 'out/config.json').read_text(encoding='utf-8'))
     assert saved['config']['n_embd'] == 16 and saved['tokenizer']['chars'] == ''.join(sorted(set(ROMEO)))
+    assert saved['command'].startswith('train.py --device=cpu --n_layer=1 ') and saved['commit'] == ''
     assert (repo / 'out/loss.png').read_bytes().startswith(b'\x89PNG')
     rows = log_of(repo / 'out')
     assert [r['iter'] for r in rows if r['val_loss']] == ['0', '5', '10'] and sum(bool(r['loss']) for r in rows) == 13
 
-    assert 'step 15' in resume(repo, 'out', '--max_iters=16', fresh=True)
+    assert 'step 15' in resume(repo, 'out', '--max_iters=16', '--gradient_accumulation_steps=1', fresh=True)
+    assert log_of(repo / 'out')[-1]['tokens'] == str(13 * 128 + 4 * 64)
     (repo / 'data/tiny').rename(repo / 'data/elsewhere')  # a run directory is complete in itself
     text = run(repo, 'sample.py', '--out_dir=out', '--start=But', '--num_samples=3', '--max_new_tokens=40',
                '--device=cpu', fresh=True)
@@ -273,13 +279,17 @@ def test_the_log_forgets_damaged_rows_and_what_a_resumed_run_does_again_and_no_p
 
 
 def test_no_clock_bar_disk_or_service_ends_a_run_and_each_is_reported_once(tmp_path, monkeypatch, capsys):
+    seen = {}
+
     def broken(*args, **how):
+        seen.update(args[0] if isinstance(args[0], dict) else {})
         raise OSError(28, 'No space left on device')
+
     monkeypatch.setattr('time.perf_counter', lambda: 0.0)  # Windows had a clock that moved 64 times a second
     monkeypatch.setattr('log.tqdm.update', broken)
-    service = type('Service', (), {'log': broken, 'finish': broken})()
+    service = SimpleNamespace(log=broken, finish=broken)
     with Log(tmp_path, 0, 9, 1, 128, lambda speed: speed, 2, None, service) as log:
-        log.file = type('Full', (), {'write': broken, 'close': broken})()
+        log.file = SimpleNamespace(write=broken, close=broken)
         for n in range(6):
             log.iteration(n, 1e-3, dict(loss=1e300 * 10**n, grad_norm=np.nan, skipped=n, skipped_in_a_row=n // 5))
             log.evaluation(n, dict(train=np.inf, val=np.nan), 1e-3)
@@ -290,6 +300,7 @@ def test_no_clock_bar_disk_or_service_ends_a_run_and_each_is_reported_once(tmp_p
     out = capsys.readouterr().out
     assert out.count('\niter ') == 7 and '6 iterations in' in out
     assert [out.count(f'warning: {what}: ') for what in ('the progress bar', 'wandb', 'log.csv')] == [1, 1, 1]
+    assert seen.keys() == {'iter', 'batch/loss', 'grad_norm', 'train/loss', 'val/loss', 'lr', 'mfu'}
 
 
 def test_a_new_run_replaces_an_old_one_only_where_that_is_said(repo, whole, refused):
@@ -721,6 +732,41 @@ def test_what_nanogpt_wrote_is_answered_with_the_command_that_brings_it_over(tmp
             open_it(source)
 
 
+def test_bytes_per_token_are_those_of_the_text_that_is_evaluated():
+    text = 'Grüße, 世界 ' * 50
+    chars = ''.join(sorted(set(text)))
+    starts = np.array([[0, 3], [7, 200]])
+    want = np.mean([len(text[i + 1:i + 17].encode()) for i in starts.ravel()]) / 16
+    ids = np.array([chars.index(c) for c in text], np.uint16)
+    assert bytes_per_token(ids, starts, 16, {'kind': 'char', 'chars': chars}) == pytest.approx(want)
+    enc = gpt2_encoding()
+    ids = np.array([*enc.encode(text), enc.eot_token])  # that is no text
+    assert token_bytes({'kind': 'tiktoken', 'name': 'gpt2'})[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize('runs, message', [
+    ([], 'required: RUN'), (['none'], 'none/log.csv: No such file'), (['empty'], 'is not the log of a run'),
+    (['noise'], 'is not the log of a run'), (['young'], '-'), (['damaged', 'young'], '4.0000   -'),
+    (['whole', 'damaged'], 'n_layer                         1       3'),
+])
+def test_curves_are_drawn_of_what_there_is_and_the_settings_that_differ_are_named(repo, whole, monkeypatch, capsys,
+                                                                                  runs, message):
+    header = 'iter,loss,train_loss,val_loss,lr,grad_norm,skipped,time_ms,tokens_per_s\n'  # version 2's
+    for name, content in (('empty', ''), ('noise', '\x00,"\n' * 9), ('young', header),
+                          ('damaged', header + '0,4,,,,,,9,\n²,1\n1,,4,4,,,,,\n2,')):
+        (repo / name).mkdir(exist_ok=True)
+        (repo / name / 'log.csv').write_text(content)
+    (repo / 'damaged/config.json').write_text('{"config": {"n_layer": 3}}')
+    (repo / 'young/config.json').write_text('[')
+    monkeypatch.chdir(repo)
+    monkeypatch.setattr(sys, 'argv', ['curves.py', *runs])
+    Path('curves.png').unlink(missing_ok=True)
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(str(HERE / 'assets/curves.py'), run_name='__main__')
+    out, err = capsys.readouterr()
+    assert message in (err or out) and Path('curves.png').exists() == (not err)
+
+
 def test_a_bad_text_is_refused_and_leaves_nothing(repo):
     (repo / 'latin1.txt').write_bytes('Grüße'.encode('latin-1') * 100)
     (repo / 'short.txt').write_text('abc')
@@ -1023,7 +1069,9 @@ def test_a_run_of_version_2_goes_on_and_its_export_is_what_numpy_makes_of_it(rep
     assert exported.config.bias == (kind == 'gpt2')
 
     resume(repo, out_dir, '--max_iters=69', '--log_interval=1')
-    assert_close_losses(log_of(out_dir), went_on)
+    rows = log_of(out_dir)
+    assert_close_losses(rows, went_on)
+    assert [row['tokens'] for row in rows[-2:]] == [str(69 * 128), str(70 * 128)]  # the column is new
 
 
 def test_an_export_replaces_an_export_and_nothing_else(repo, base, refused):

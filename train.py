@@ -97,8 +97,8 @@ import numpy as np
 
 import lora
 from checkpoints import NO_BEST, Checkpoints, RunError, find_step, is_finished, save_base
-from dataset import (dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded, tokenizer,
-                     train_starts, vocabulary)
+from dataset import (bytes_per_token, dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded,
+                     tokenizer, train_starts, vocabulary)
 from devices import (StopSignal, best_dtype, check_alike, check_shared, choose_kernels, compile_for, find_devices,
                      join_processes, keep_compiled, make_mesh, memory_errors, only_process_0_prints, profiled, side_by_side)
 from engine import generate
@@ -254,12 +254,14 @@ with refuse(ValueError, OSError, MemoryError), memory_errors():
             state[from_file] = read_pretrained(block_size, on_mesh(mesh, fsdp))
 
 iter_num, wandb_id = progress['iter_num'], progress['wandb_id']
+tokens_seen = progress.get('tokens_seen', iter_num * tokens_per_iter)  # version 2 did not note it
 best_val_loss, best_iter = progress['best_val_loss'], progress['best_iter']
 
 
 def save():
     checkpoints.save(iter_num, state, dict(iter_num=iter_num, wandb_id=wandb_id, best_val_loss=best_val_loss,
-                                           best_iter=best_iter, best_dataset=progress['best_dataset']))
+                                           best_iter=best_iter, best_dataset=progress['best_dataset'],
+                                           tokens_seen=log.tokens_before(iter_num)))
 
 
 # -----------------------------------------------------------------------------
@@ -286,7 +288,10 @@ with refuse(ValueError, OSError):
     if lora_rank and not found and not eval_only:
         save_base(out_dir, state['base'])
     log = Log(out_dir, iter_num, max_iters, log_interval, tokens_per_iter, mfu, max_skipped, stop, wandb_run,
-              writes=not eval_only)
+              writes=not eval_only, tokens_seen=tokens_seen)
+with log.harmless('bits per byte'):
+    starts = eval_starts(data['val'], eval_shape, block_size).reshape(-1, *eval_call)
+    log.bytes_per_token = bytes_per_token(data['val'], starts, block_size, meta['tokenizer'])
 
 
 def estimate_loss():
