@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -109,6 +110,15 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
             preservation_policy=self, create=not read_only, cleanup_tmp_directories=not read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=lambda: seal(self.folder))))
+        self.identity = identity(self.folder)
+
+    def check_place(self):
+        """Raises RunError where out_dir was moved or removed while the run trains. Orbax would make the folders again,
+        perhaps in a run that has begun there since, and nobody would look for a checkpoint there."""
+        if identity(self.folder) != self.identity:
+            raise RunError(f'{self.folder} was moved or removed while the run trained. Earlier checkpoints are where '
+                           'they were moved to: move them back, or give the new place as --out_dir, and go on with '
+                           '--init_from=resume')
 
     def should_preserve(self, checkpoints, *, context):
         """Orbax asks which checkpoints stay: the latest two, the best, and the kept ones."""
@@ -116,8 +126,9 @@ class Checkpoints:
         return [step in {*sorted(steps)[-2:], self.best, self.written_best, *self.kept} for step in steps]
 
     def save(self, n, state, progress):
-        """Copies the state and leaves the writing to threads. Raises OSError if the disk is too full, and whatever went
-        wrong with the save before."""
+        """Copies the state and leaves the writing to threads. Raises OSError if the disk is too full, RunError if
+        out_dir is elsewhere, and whatever went wrong with the save before."""
+        self.check_place()
         is_saved = n in self.manager.all_steps()
         if not is_saved:
             self.wait()  # for the save before: Orbax would wait, too
@@ -143,6 +154,7 @@ class Checkpoints:
         """Writes best.json once the checkpoint that it names is complete."""
         if self.read_only or self.best == self.written_best:
             return
+        self.check_place()
         path = Path(self.out_dir, 'best.json')
         if self.best is None:
             path.unlink(missing_ok=True)
@@ -179,40 +191,64 @@ class Checkpoints:
         self.written_best = None if self.written_best in later else self.written_best
         rest = {k: v for k, v in abstract.items() if k not in ('params', 'base')}
         found = self.manager.restore(latest, args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract['params']), rest=ocp.args.StandardRestore(rest),
-            progress=ocp.args.JsonRestore()))
-        progress = found['progress']
-        best_dataset = progress.setdefault('best_dataset', dataset)  # version 1 did not note it
-        if dataset and best_dataset != dataset:
-            print(f'warning: the best validation loss was on dataset = {best_dataset!r}; it starts anew')
+            params=ocp.args.StandardRestore(abstract['params']), rest=ocp.args.StandardRestore(rest)))
+        progress = read_progress(self.folder / str(latest), dataset)
+        if dataset and progress['best_dataset'] != dataset:
+            print(f"warning: the best validation loss was on dataset = {progress['best_dataset']!r}; it starts anew")
             progress |= NO_BEST | {'best_dataset': dataset}
         if progress['best_iter'] not in steps:  # somebody deleted it, or it was damaged
             progress |= NO_BEST
         self.best, self.best_loss = progress['best_iter'], progress['best_val_loss']
-        self.kept = set(progress.get('kept', []))
+        self.kept = set(progress['kept'])
         base = load_base(self.folder.parent, abstract['base'])
         return {'params': found['params'], 'base': base, **found['rest']}, progress
 
     @contextlib.contextmanager
     def disk_errors(self):
-        """Turns errors about a full disk, which come in many types, into a RunError that says what to do. A RunError
-        waits for the save that is under way."""
+        """Turns errors of the disk, which come in many types, into a RunError that says what to do. A RunError waits
+        for the save that is under way."""
         hook = sys.unraisablehook
         # Orbax's threads outlive its event loop after a failed write; silence what they print
         sys.unraisablehook = lambda e: 'Event loop is closed' in str(e.exc_value) or hook(e)
         try:
             yield
         except Exception as e:
-            disk_is_full = 'No space left' in str(e) or 'Disk quota' in str(e)
-            if disk_is_full or isinstance(e, RunError):
+            reason = disk_error(e)
+            if reason or isinstance(e, RunError):
                 with contextlib.suppress(Exception):
                     self.wait()
-            if not disk_is_full:
+            if isinstance(e, RunError):
                 raise
-            intact = ', '.join(map(str, saved_steps(self.out_dir))) or 'none yet'
-            raise RunError(f'no space left on the disk of {self.out_dir}; its earlier checkpoints are intact '
-                           f'({intact}). Make room, then python train.py --init_from=resume '
-                           f'--out_dir={self.out_dir}') from None
+            self.check_place()  # Orbax raises errors of any type where a folder has vanished
+            if not reason:
+                raise
+            try:
+                saved = ', '.join(map(str, saved_steps(self.out_dir))) or 'none yet'
+            except OSError:
+                saved = 'they cannot be listed now'
+            raise RunError(f'{reason} on the disk of {self.out_dir}; its earlier checkpoints are intact ({saved}). '
+                           f'{"Make room" if "space" in reason else "Mend that"}, then python train.py '
+                           f'--init_from=resume --out_dir={self.out_dir}') from None
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BROKEN = (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EACCES, errno.EPERM)
+
+
+def disk_error(error):
+    """What an error says about a disk; '' if it is another one. Orbax's libraries raise errors of other types than
+    OSError with the system's words in them."""
+    for number in (*FULL, *BROKEN):
+        if os.strerror(number) in str(error):
+            return f'no space left ({os.strerror(number)})' if number in FULL else os.strerror(number)
+    return str(error.strerror or error) if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) else ''
+
+
+def identity(folder):
+    """Tells a folder from another one of the same name; None where there is none."""
+    with contextlib.suppress(OSError):
+        found = os.stat(folder)
+        return found.st_dev, found.st_ino
 
 
 def set_aside(out_dir, later, best):
@@ -229,6 +265,22 @@ def set_aside(out_dir, later, best):
     for n in reversed(later):
         (out_dir / f'checkpoints/{n}').rename(aside / f'checkpoints/{n}')
     print(f'later checkpoints ({", ".join(map(str, later))}) are now a run of their own: {aside}')
+
+
+def read_progress(checkpoint, dataset=''):
+    """The progress of a run in one of its checkpoints: known keys, with values of known types. Raises ValueError."""
+    path = checkpoint / 'progress/metadata'  # Orbax's name for the JSON
+    progress = {'best_dataset': dataset, 'kept': []} | read_json(path)  # version 1 did not note the first
+    is_good = {'iter_num': lambda x: type(x) is int and x == int(checkpoint.name),
+               'wandb_id': lambda x: x is None or type(x) is str,
+               'best_val_loss': lambda x: type(x) is float and math.isfinite(x),
+               'best_iter': lambda x: x is None or type(x) is int,
+               'best_dataset': lambda x: type(x) is str,
+               'kept': lambda x: type(x) is list and all(type(n) is int for n in x)}
+    for key, good in is_good.items():
+        if not good(progress.get(key, ...)):
+            raise ValueError(f'{path} is damaged: {key} = {progress.get(key)!r}')
+    return {key: progress[key] for key in is_good}
 
 
 def file_sums(checkpoint):

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import errno
 import json
+import math
 import os
 import re
 import runpy
@@ -28,9 +29,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from checkpoints import write
+from checkpoints import Checkpoints, RunError, read_progress, write
 from conftest import run, start
-from checkpoints import RunError
 from dataset import bytes_per_token, eval_starts, gpt2_encoding, open_dataset, token_bytes
 from log import Log
 from model import GPTConfig
@@ -1178,6 +1178,54 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(repo):
         assert 'Resuming training' in resume(repo, 'small-disk/run', '--max_iters=12')
     finally:
         subprocess.run(['umount', disk], check=True)
+
+
+@pytest.fixture
+def small_run(tmp_path, monkeypatch):
+    """The Checkpoints of a run whose state is one array, with one checkpoint."""
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # which disk_errors() replaces
+    (tmp_path / 'run').mkdir()
+    checkpoints = Checkpoints(str(tmp_path / 'run'))
+    save_small(checkpoints, 5)
+    return checkpoints
+
+
+def save_small(checkpoints, n):
+    state = {name: {'x': np.ones(3, np.float32)} for name in ('params', 'opt_state')}
+    checkpoints.save(n, state, dict(iter_num=n, wandb_id=None, best_val_loss=2.5, best_iter=n, best_dataset='tiny'))
+    checkpoints.wait()
+
+
+def test_errors_of_the_disk_are_one_line_about_the_checkpoints_that_are_there(small_run):
+    for error, message in ((ValueError('UNKNOWN: write failed [OS error 122: EDQUOT Disk quota exceeded]'),
+                            r'no space left \(Disk quota exceeded\) on the disk of .*run; .* intact \(5\). Make room'),
+                           (OSError(errno.ESTALE, 'Stale file handle'), r'Stale file handle on .* intact \(5\). Mend'),
+                           (RuntimeError('[OS error 5: EIO Input/output error]'), 'Input/output error on the disk')):
+        with pytest.raises(RunError, match=message), small_run.disk_errors():
+            raise error
+    with pytest.raises(ZeroDivisionError), small_run.disk_errors():
+        1 / 0
+
+
+def test_a_run_that_was_moved_while_it_trained_ends_and_writes_nothing_where_it_was(small_run, tmp_path):
+    (tmp_path / 'run').rename(tmp_path / 'moved')
+    (tmp_path / 'run/checkpoints').mkdir(parents=True)  # another run, which has begun there since
+    for action in lambda: save_small(small_run, 6), lambda: 1 / 0:  # Orbax raises what it likes
+        with pytest.raises(RunError, match='moved or removed'), small_run.disk_errors():
+            action()
+    assert files_in(tmp_path / 'run') == {} and steps_in(tmp_path / 'moved') == [5]
+
+
+@pytest.mark.parametrize('change', [{'iter_num': 6}, {'iter_num': '5'}, {'wandb_id': {}}, {'best_val_loss': math.nan},
+                                    {'best_val_loss': '1'}, {'best_iter': [5]}, {'best_dataset': 7}, {'kept': ['x']}])
+def test_a_checkpoints_progress_is_taken_only_with_values_of_its_types(small_run, change):
+    path = small_run.folder / '5/progress/metadata'
+    progress = json.loads(path.read_text())
+    path.write_text(json.dumps(progress | {'out_dir': '/'}))
+    assert read_progress(path.parent.parent) == progress
+    path.write_text(json.dumps(progress | change))
+    with pytest.raises(ValueError, match=f'is damaged: {next(iter(change))} = '):
+        read_progress(path.parent.parent)
 
 
 def test_a_second_process_is_refused_or_waits_for_the_end_of_the_first_and_goes_on(repo):
