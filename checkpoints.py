@@ -270,13 +270,14 @@ def set_aside(out_dir, later, best):
 def read_progress(checkpoint, dataset=''):
     """The progress of a run in one of its checkpoints: known keys, with values of known types. Raises ValueError."""
     path = checkpoint / 'progress/metadata'  # Orbax's name for the JSON
-    progress = {'best_dataset': dataset, 'kept': []} | read_json(path)  # version 1 did not note the first
+    progress = {'best_dataset': dataset, 'kept': [], 'tokens_seen': None} | read_json(path)  # older runs lack these
     is_good = {'iter_num': lambda x: type(x) is int and x == int(checkpoint.name),
                'wandb_id': lambda x: x is None or type(x) is str,
                'best_val_loss': lambda x: type(x) is float and math.isfinite(x),
                'best_iter': lambda x: x is None or type(x) is int,
                'best_dataset': lambda x: type(x) is str,
-               'kept': lambda x: type(x) is list and all(type(n) is int for n in x)}
+               'kept': lambda x: type(x) is list and all(type(n) is int for n in x),
+               'tokens_seen': lambda x: x is None or type(x) is int and x >= 0}
     for key, good in is_good.items():
         if not good(progress.get(key, ...)):
             raise ValueError(f'{path} is damaged: {key} = {progress.get(key)!r}')

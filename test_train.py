@@ -1192,7 +1192,8 @@ def small_run(tmp_path, monkeypatch):
 
 def save_small(checkpoints, n):
     state = {name: {'x': np.ones(3, np.float32)} for name in ('params', 'opt_state')}
-    checkpoints.save(n, state, dict(iter_num=n, wandb_id=None, best_val_loss=2.5, best_iter=n, best_dataset='tiny'))
+    checkpoints.save(n, state, dict(iter_num=n, wandb_id=None, best_val_loss=2.5, best_iter=n, best_dataset='tiny',
+                                    tokens_seen=None))
     checkpoints.wait()
 
 

@@ -248,13 +248,15 @@ with refuse(ValueError, OSError, MemoryError), memory_errors():
         why = ' (the run was stopped before its first checkpoint)' if init_from == 'resume' else ''
         what = 'a new model from scratch' if origin == 'scratch' else f'from {origin}'
         print(f'Initializing {what}{why}', flush=True)
-        state, progress = create(), dict(iter_num=0, wandb_id=None, **NO_BEST, best_dataset=dataset)
+        state, progress = create(), dict(iter_num=0, wandb_id=None, **NO_BEST, best_dataset=dataset, tokens_seen=0)
         if from_file:
             read_pretrained = read_pretrained if pretrained else open_model(origin)[2]
             state[from_file] = read_pretrained(block_size, on_mesh(mesh, fsdp))
 
 iter_num, wandb_id = progress['iter_num'], progress['wandb_id']
-tokens_seen = progress.get('tokens_seen', iter_num * tokens_per_iter)  # version 2 did not note it
+tokens_seen = progress['tokens_seen']
+if tokens_seen is None:  # version 2 did not note it
+    tokens_seen = iter_num * tokens_per_iter
 best_val_loss, best_iter = progress['best_val_loss'], progress['best_iter']
 
 
