@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
 
-from dataset import read_json
+from dataset import as_path, in_cloud, read_json
 
 
 class RunError(Exception):
@@ -30,6 +30,9 @@ def write(path, content):
     if jax.process_index() > 0:
         return
     content = content.encode() if isinstance(content, str) else content
+    if in_cloud(path):  # there, a file is always replaced whole
+        as_path(path).write_bytes(content)
+        return
     new = Path(f'{path}.tmp')
     new.unlink(missing_ok=True)
     with open(new, 'xb') as f:  # `w` would go through a symbolic link, and write over another file
@@ -39,7 +42,9 @@ def write(path, content):
 
 def remove(path):
     """Removes a file, a folder with all that it holds, or a symbolic link, but never what a link leads to."""
-    if path.is_dir() and not path.is_symlink():
+    if in_cloud(path):
+        path.rmtree(missing_ok=True)
+    elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -47,7 +52,7 @@ def remove(path):
 
 def saved_steps(out_dir):
     """The numbers of iterations after which a run has saved a checkpoint, in order."""
-    folder = Path(out_dir, 'checkpoints').absolute()
+    folder = as_path(out_dir) / 'checkpoints'
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
 
 
@@ -70,14 +75,14 @@ def is_finished(out_dir, checkpoint, max_iters):
     if not saved_steps(out_dir):
         return False
     step = find_step(out_dir, checkpoint)
-    return step > max_iters and not damaged_file(Path(out_dir, f'checkpoints/{step}'))
+    return step > max_iters and not damaged_file(as_path(out_dir) / f'checkpoints/{step}')
 
 
 def read_best(out_dir, steps):
     """The iteration that best.json names; None if there is no such file. Raises ValueError if it is damaged, or names a
     later checkpoint than all `steps` that are there: then files of the run are missing. Where it names an earlier one,
     going on with the latest loses nothing more."""
-    path = Path(out_dir, 'best.json')
+    path = as_path(out_dir) / 'best.json'
     if not path.exists():
         return None
     best = read_json(path).get('iter')
@@ -103,7 +108,7 @@ class Checkpoints:
 
     def __init__(self, out_dir, keep_interval=0, read_only=False):
         logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs what it raises, too
-        self.out_dir, self.folder = out_dir, Path(out_dir, 'checkpoints').absolute()
+        self.out_dir, self.folder = out_dir, as_path(out_dir) / 'checkpoints'
         self.best = self.best_loss = self.written_best = None
         self.kept, self.keep_interval = set(), keep_interval
         self.read_only = read_only
@@ -136,7 +141,8 @@ class Checkpoints:
         if is_saved:
             return
         state = {k: v for k, v in state.items() if k != 'base'}
-        if shutil.disk_usage(self.folder).free < sum(x.nbytes for x in jax.tree.leaves(state)):
+        size = sum(x.nbytes for x in jax.tree.leaves(state))
+        if not in_cloud(self.folder) and shutil.disk_usage(self.folder).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         # the rest is an item of its own, because sampling reads the parameters alone
         rest = {k: v for k, v in state.items() if k != 'params'}
@@ -155,10 +161,10 @@ class Checkpoints:
         if self.read_only or self.best == self.written_best:
             return
         self.check_place()
-        path = Path(self.out_dir, 'best.json')
+        path = as_path(self.out_dir) / 'best.json'
         if self.best is None:
             path.unlink(missing_ok=True)
-        elif (self.folder / str(self.best)).exists():
+        elif ocp.utils.is_checkpoint_finalized(self.folder / str(self.best)):
             write(path, json.dumps({'iter': self.best, 'val_loss': float(self.best_loss)}))
         else:
             return
@@ -183,7 +189,7 @@ class Checkpoints:
                 if not self.read_only:
                     (self.folder / str(n)).rename(self.folder.parent / f'damaged-{n}-{time.time():.0f}')
             if steps and later and not self.read_only:
-                set_aside(self.folder.parent, later, self.written_best)
+                set_aside(self.folder.parent, steps[-1], later, self.written_best)
         latest = int(broadcast_one_to_all(np.int32(steps[-1] if steps else -1)))
         self.manager.reload()
         if latest < 0:
@@ -251,20 +257,29 @@ def identity(folder):
         return found.st_dev, found.st_ino
 
 
-def set_aside(out_dir, later, best):
-    """Makes a run of its own, in a folder in out_dir, of the checkpoints `later`. Whenever this is interrupted, out_dir
-    still holds a run."""
-    aside = out_dir / f'later-than-{min(later) - 1}-{time.time():.0f}'
+def set_aside(out_dir, step, later, best):
+    """Makes a run of its own, in a folder in out_dir, of the checkpoints that are `later` than a step. Whenever this is
+    interrupted, out_dir still holds a run."""
+    aside = out_dir / f'later-than-{step}-{time.time():.0f}'
     (aside / 'checkpoints').mkdir(parents=True)
-    for name in ('config.json', 'log.csv'):
-        shutil.copy(out_dir / name, aside)
-    if (out_dir / 'base').exists():
-        shutil.copytree(out_dir / 'base', aside / 'base')
+    (aside / 'checkpoints/.keep').write_text('')  # in the cloud, a folder is what has a file in it
+    for name in ('config.json', 'log.csv', 'tokenizer.json', 'base'):
+        copy(out_dir / name, aside / name)
     if best in later:
         (out_dir / 'best.json').rename(aside / 'best.json')
     for n in reversed(later):
         (out_dir / f'checkpoints/{n}').rename(aside / f'checkpoints/{n}')
     print(f'later checkpoints ({", ".join(map(str, later))}) are now a run of their own: {aside}')
+
+
+def copy(source, target):
+    """Copies a file, or a folder with all that it holds, if it is there."""
+    if source.is_dir():
+        target.mkdir()
+        for path in source.iterdir():
+            copy(path, target / path.name)
+    elif source.exists():
+        target.write_bytes(source.read_bytes())
 
 
 def read_progress(checkpoint, dataset=''):
@@ -294,15 +309,17 @@ def file_sums(checkpoint):
 def seal(checkpoints):
     """Writes the sums of checkpoints that have none: Orbax does not notice all damage, such as a flipped bit. Orbax
     calls this when a checkpoint's files are written and before the checkpoint gets its name."""
-    if jax.process_index() > 0:
+    if jax.process_index() > 0 or in_cloud(checkpoints):  # the cloud has sums of its own
         return
-    for folder in Path(checkpoints).iterdir():
+    for folder in checkpoints.iterdir():
         if folder.is_dir() and not (folder / 'sha256.json').exists():
             (folder / 'sha256.json').write_text(json.dumps(file_sums(folder)))
 
 
 def damaged_file(checkpoint):
     """The name of a file that has changed since the checkpoint was sealed, or None."""
+    if in_cloud(checkpoint):
+        return None
     try:
         sealed, found = read_json(checkpoint / 'sha256.json'), file_sums(checkpoint)
     except (ValueError, OSError):
@@ -312,13 +329,13 @@ def damaged_file(checkpoint):
 
 def save_base(out_dir, base):
     """Writes out_dir/base with its sums, in place of an earlier one."""
-    folder = Path(out_dir, 'base').absolute()
+    folder = as_path(out_dir) / 'base'
     if jax.process_index() == 0:
         remove(folder)  # a link may lead to the base of another run
     sync_global_devices('no base')
     with ocp.StandardCheckpointer() as writer:
         writer.save(folder / 'params', base)
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not in_cloud(folder):
         (folder / 'sha256.json').write_text(json.dumps(file_sums(folder)))
     sync_global_devices('base')
 
@@ -327,7 +344,7 @@ def load_base(out_dir, abstract):
     """The parameters in out_dir/base with the shardings of `abstract`; {} for {}. Raises ValueError if damaged."""
     if not abstract:
         return {}
-    folder = Path(out_dir, 'base').absolute()
+    folder = as_path(out_dir) / 'base'
     if name := damaged_file(folder):
         raise ValueError(f'{folder} is damaged ({name}), and the adapters are of no use without it')
     return ocp.StandardCheckpointer().restore(folder / 'params', abstract)

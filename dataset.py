@@ -12,6 +12,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 # what a dataset without a meta.json holds
 GPT2_META = {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
@@ -20,10 +21,37 @@ GPT2_META = {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt
 # meta.json: the tokenizer, and how large its vocabulary is
 
 
+def in_cloud(path):
+    return str(path).startswith('gs://')
+
+
+def as_path(path):
+    """An absolute path of this machine, or for gs://bucket/... one in Google's cloud storage, which etils.epath gives
+    the same methods. Raises ValueError if that cannot be reached."""
+    if '://' not in str(path):
+        return Path(path).absolute()
+    if not in_cloud(path):
+        raise ValueError(f'{path}: a run is in a folder of this machine or of a bucket of Google, gs://BUCKET/FOLDER')
+    reach_bucket(str(path).split('/')[2])
+    return epath.Path(path)
+
+
+@functools.cache
+def reach_bucket(name):
+    """Raises ValueError if the bucket cannot be listed. Without asking, exists() would say that nothing is there."""
+    try:
+        import gcsfs  # it is what epath uses
+        gcsfs.GCSFileSystem().ls(name)
+    except Exception as e:
+        advice = 'pip install gcsfs' if isinstance(e, ImportError) else 'gcloud auth application-default login'
+        reason = str(e).partition('\n')[0]
+        raise ValueError(f'gs://{name}: {type(e).__name__}: {reason} ({advice} may help)') from None
+
+
 def read_json(path):
     """The dict in a JSON file. Raises ValueError if there is none in it."""
     try:
-        value = json.loads(Path(path).read_text(encoding='utf-8'))
+        value = json.loads(as_path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError):  # also for a number of 5000 digits, and for brackets nested as deep
         value = None
     if not isinstance(value, dict):
@@ -54,7 +82,7 @@ def read_meta(path):
     if meta.get('dtype', 'uint16') not in ('uint16', 'uint32', 'int32'):
         raise ValueError(f'{path}: dtype = {meta["dtype"]!r}: must be uint16, uint32 or int32')
     if tokenizer['kind'] == 'hf':
-        file = Path(path).with_name('tokenizer.json')
+        file = as_path(path).with_name('tokenizer.json')
         if not file.is_file():
             raise ValueError(f'{file} is missing, which {path} names')
         if hashlib.sha256(file.read_bytes()).hexdigest() != tokenizer.get('sha256'):
@@ -119,7 +147,7 @@ def hf_tokenizer(file):
     """The tokenizer in a tokenizer.json. Raises ValueError if there is none."""
     from tokenizers import Tokenizer
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_buffer(as_path(file).read_bytes())
     except Exception as e:  # the library raises nothing else
         raise ValueError(f'{file} is not a tokenizer ({e})') from None
 

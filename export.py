@@ -23,6 +23,8 @@ import hf
 check(dtype=('float32', 'bfloat16', 'float16'))
 if not checkpoint.isdecimal():
     check(checkpoint=('best', 'latest'))
+if '://' in hf_dir:
+    fail(f'hf_dir = {hf_dir!r}: it takes a folder of this machine')
 if os.path.lexists(hf_dir):
     if not overwrite:
         fail(f'hf_dir = {hf_dir!r} is there already; --overwrite=True replaces an export')

@@ -8,13 +8,13 @@ import os
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from checkpoints import RunError, write
+from dataset import as_path, in_cloud
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ class Log:
     def __init__(self, out_dir, first_iter, max_iters, log_interval, tokens_per_iter, mfu, max_skipped, stop,
                  wandb_run=None, writes=True, tokens_seen=0):
         self.title = out_dir
-        self.path = Path(out_dir, 'log.csv')
+        self.path = as_path(out_dir) / 'log.csv'
         self.first_iter = first_iter
         self.log_interval = log_interval
         self.tokens_per_iter = tokens_per_iter
@@ -66,11 +66,15 @@ class Log:
         if writes and jax.process_index() == 0:
             lines = [','.join(self.columns) + '\n']
             if first_iter > 0 and self.path.exists():
-                text = self.path.read_text(encoding='utf-8', errors='replace')
+                text = self.path.read_bytes().decode(errors='replace')
                 lines += [line.rstrip('\n') + ',' * (len(self.columns) - 1 - line.count(',')) + '\n'
                           for line in text.splitlines(keepends=True) if self.iter_of(line) < first_iter]
             write(self.path, ''.join(lines))
-            self.file = open(self.path, 'a', buffering=1, encoding='utf-8')
+            if in_cloud(out_dir):  # where nothing can be appended to a file: upload() writes it whole
+                self.file = io.StringIO()
+                self.file.write(''.join(lines))
+            else:
+                self.file = open(self.path, 'a', buffering=1, encoding='utf-8')
         self.start_time = self.last_time = self.last_plot = time.perf_counter()
         self.bar = tqdm(total=max_iters + 1, initial=first_iter, unit='it', disable=None, dynamic_ncols=True)
 
@@ -99,6 +103,7 @@ class Log:
                 self.wandb_run.finish(exit_code=int(error[0] is not None))
         with self.harmless('log.csv'):
             if self.file:
+                self.upload()
                 self.file.close()
 
     @contextlib.contextmanager
@@ -161,10 +166,20 @@ class Log:
                 'updates were skipped. What was saved before is good. Try a lower learning_rate, more warmup_iters, '
                 '--dtype=float32, or --debug_nans=True to see where')
 
+    def upload(self):
+        if self.file and in_cloud(self.path):
+            write(self.path, self.file.getvalue())
+
+    def store(self):
+        """Makes sure that log.csv has all rows up to here, as it must before a checkpoint is saved."""
+        self.flush()
+        with self.harmless('log.csv'):
+            self.upload()
+
     @contextlib.contextmanager
     def paused(self):
         """What happens inside is not part of an iteration's time."""
-        self.flush()
+        self.store()
         yield
         self.last_time = time.perf_counter()
 
@@ -201,7 +216,7 @@ class Log:
     def draw(self):
         """Draws loss.png."""
         from matplotlib.figure import Figure  # without pyplot there is no window system to look for
-        log = np.genfromtxt(self.path, delimiter=',', names=True, ndmin=1)
+        log = np.genfromtxt(io.StringIO(self.path.read_text(encoding='utf-8')), delimiter=',', names=True, ndmin=1)
         figure = Figure(figsize=(8, 5))
         figure.subplots_adjust(left=0.11, right=0.98, bottom=0.1, top=0.93, hspace=0.15)
         top, bottom = figure.subplots(2, sharex=True, height_ratios=[4, 1])

@@ -32,7 +32,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 import hf
 import lora
 from checkpoints import damaged_file, find_step, load_base, remove, saved_steps, write
-from dataset import GPT2_META, gpt2_vocabulary, hf_meta, read_json, read_meta
+from dataset import GPT2_META, as_path, gpt2_vocabulary, hf_meta, in_cloud, read_json, read_meta
 from devices import choose_kernels
 from model import GPTConfig, abstract_params, build
 from step import on_one_device
@@ -41,7 +41,7 @@ from step import on_one_device
 def lock_out_dir(out_dir, wait=0):
     """Makes out_dir this process's own until the end of a `with` around what is returned. Raises ValueError if another
     process has it and does not end within `wait` seconds, OSError if it cannot be written."""
-    if jax.process_index() > 0:
+    if jax.process_index() > 0 or in_cloud(out_dir):  # there is no lock that would end with a process of any machine
         return contextlib.nullcontext()
     os.makedirs(out_dir, exist_ok=True)
     lock = filelock.FileLock(os.path.abspath(Path(out_dir, 'lock')), is_singleton=True)
@@ -59,12 +59,13 @@ def clear_run(out_dir):
     processes wait here for each other."""
     sync_global_devices('about to clear')
     if jax.process_index() == 0:
-        if os.path.exists(os.path.join(out_dir, 'checkpoints')):
-            for path in Path(out_dir, 'checkpoints').iterdir():
+        folder = as_path(out_dir)
+        if (folder / 'checkpoints').exists():
+            for path in (folder / 'checkpoints').iterdir():
                 if re.match(r'\d+($|\.orbax-)', path.name):
                     remove(path)
         for name in ('best.json', 'log.csv', 'loss.png', 'base', 'tokenizer.json', 'config.json'):
-            remove(Path(out_dir, name))
+            remove(folder / name)
     sync_global_devices('cleared')
 
 
@@ -86,14 +87,14 @@ def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):
     may not be a run's; ValueError or OSError where out_dir can be no folder of this user's."""
     if not out_dir or '\0' in out_dir or out_dir != out_dir.encode(errors='ignore').decode():
         raise ValueError(f'out_dir = {out_dir!r}: it takes the path of a folder')
-    folder = Path(out_dir).absolute()
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    folder = as_path(out_dir)
+    there = Path('/') if in_cloud(out_dir) else next(x for x in (folder, *folder.parents) if os.path.lexists(x))
     for wrong, number in (not there.is_dir(), errno.ENOTDIR), (not os.access(there, os.W_OK), errno.EACCES):
         if wrong and not eval_only:
             raise OSError(number, os.strerror(number), out_dir)
-    found = [name for name in ('config.json', 'best.json', 'log.csv', 'loss.png', 'checkpoints', 'base',
-                                 'tokenizer.json')
-             if os.path.lexists(folder / name) and not is_empty_folder(folder / name)]
+    exists = lambda path: os.path.lexists(path) or path.exists()
+    names = ('config.json', 'best.json', 'log.csv', 'loss.png', 'checkpoints', 'base', 'tokenizer.json')
+    found = [name for name in names if exists(folder / name) and not is_empty_folder(folder / name)]
     if found and init_from != 'resume' and not eval_only:
         if not is_run(folder):
             raise ValueError(f'{out_dir} holds {", ".join(found)}, and no config.json of a run that this could belong '
@@ -113,7 +114,7 @@ def is_empty_folder(path):
 def is_run(folder):
     """Whether a folder has the config.json of a run."""
     try:
-        return {'config', 'model_args'} <= read_json(Path(folder, 'config.json')).keys()
+        return {'config', 'model_args'} <= read_json(folder / 'config.json').keys()
     except (ValueError, FileNotFoundError):
         return False
 
@@ -122,12 +123,12 @@ def resume_or(start, out_dir, overwrite=False):
     """What init_from = 'auto' stands for: 'resume' if out_dir holds a run, else `start`. Raises ValueError."""
     if overwrite:
         raise ValueError("init_from = 'auto' goes on with a run, overwrite = True replaces it: leave one of them out")
-    return 'resume' if os.path.exists(os.path.join(out_dir, 'config.json')) else start
+    return 'resume' if (as_path(out_dir) / 'config.json').exists() else start
 
 
 def check_not_nanogpts(path):
     """Raises ValueError where nanoGPT has left a checkpoint, or if `path` is one."""
-    checkpoint = Path(path) if str(path).endswith('.pt') else Path(path, 'ckpt.pt')
+    checkpoint = as_path(path) if str(path).endswith('.pt') else as_path(path) / 'ckpt.pt'
     if checkpoint.exists():
         raise ValueError(f'{checkpoint} is a checkpoint of nanoGPT: where PyTorch is, run python data/from_nanogpt.py '
                          f'{checkpoint}')
@@ -135,7 +136,7 @@ def check_not_nanogpts(path):
 
 def read_run(out_dir):
     """The config.json of a run. Raises ValueError if there is none, or if it is damaged."""
-    path = Path(out_dir, 'config.json')
+    path = as_path(out_dir) / 'config.json'
     if not path.exists():
         check_not_nanogpts(out_dir)
         raise ValueError(f'out_dir = {str(out_dir)!r} holds no run: there is nothing to resume or to read')
@@ -200,7 +201,7 @@ def save_config(out_dir, config, model_args, meta):
     run = {'config': config, 'model_args': model_args, **meta, 'versions': versions, 'commit': commit(),
            'command': shlex.join(sys.argv)}
     if meta['tokenizer']['kind'] == 'hf':  # a run has a copy, and is complete in itself
-        write(os.path.join(out_dir, 'tokenizer.json'), Path(meta['tokenizer']['file']).read_bytes())
+        write(os.path.join(out_dir, 'tokenizer.json'), as_path(meta['tokenizer']['file']).read_bytes())
         run['tokenizer'] = meta['tokenizer'] | {'file': 'tokenizer.json'}
     write(os.path.join(out_dir, 'config.json'), json.dumps(run, indent=1))
 
@@ -229,7 +230,7 @@ def open_model(source, checkpoint='best'):
     their format: the GPTConfig, a dict with vocab_size and tokenizer, and a function that reads the parameters.
     read(block_size, place) can take fewer positions, and place() gives abstract parameters their shardings. Raises
     ValueError."""
-    folder = Path(source)
+    folder = as_path(source)
     if source not in hf.GPT2:
         check_not_nanogpts(folder)
         if not (folder / 'config.json').is_file():
@@ -257,7 +258,7 @@ def open_run(out_dir, checkpoint='best'):
     into the weights. Raises ValueError if there is no checkpoint that can be read."""
     saved = read_run(out_dir)
     config = GPTConfig(**saved['model_args'])
-    out_dir = Path(out_dir).absolute()
+    out_dir = as_path(out_dir)
     folder = out_dir / f'checkpoints/{find_step(out_dir, str(checkpoint))}'
     if name := damaged_file(folder):
         steps = ', '.join(map(str, saved_steps(out_dir)))

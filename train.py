@@ -372,7 +372,7 @@ with (refuse(RunError, MemoryError, code=1), lock, stop, memory_errors(), checkp
             break
 
     # the end, or the end for now
-    log.flush()
+    log.store()
     if not eval_only:
         log.say(f'saving checkpoint to {out_dir}')
         save()
