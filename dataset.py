@@ -17,6 +17,9 @@ from etils import epath
 # what a dataset without a meta.json holds
 GPT2_META = {'vocab_size': 50257, 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
 
+# the files of a Hugging Face folder that we read for its tokenizer
+TOKENIZER_FILES = 'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'
+
 # -----------------------------------------------------------------------------
 # meta.json: the tokenizer, and how large its vocabulary is
 
@@ -92,19 +95,24 @@ def read_meta(path):
 
 
 def hf_meta(folder):
-    """What a meta.json says about the tokenizer.json in a model's folder. Raises ValueError if it cannot be read."""
-    file = Path(folder, 'tokenizer.json')
-    config = Path(folder, 'tokenizer_config.json')
+    """What a meta.json says about the tokenizer.json in a model's folder, and its chat template, if it has one. Raises
+    ValueError if they cannot be read."""
+    file, config, template = (Path(folder, name) for name in TOKENIZER_FILES)
     config = read_json(config) if config.exists() else {}
+    template = template.read_text(encoding='utf-8') if template.exists() else config.get('chat_template')
+    if isinstance(template, list):  # several, by name
+        template = next((each.get('template') for each in template
+                         if isinstance(each, dict) and each.get('name') == 'default'), None)
     vocab = hf_tokenizer(file).get_vocab()
     if vocab == gpt2_vocabulary()[0]:
-        return GPT2_META
+        return GPT2_META | ({'chat_template': template} if isinstance(template, str) else {})
     content = lambda token: token.get('content') if isinstance(token, dict) else token  # an older and a newer spelling
     special = {name: content(config.get(f'{name}_token')) for name in ('bos', 'eos')}
-    special = {name: token for name, token in special.items() if token in vocab}
+    special = {name: token for name, token in special.items() if isinstance(token, str) and token in vocab}
     return {'vocab_size': max(vocab.values()) + 1,
             'tokenizer': {'kind': 'hf', 'file': str(file), 'sha256': hashlib.sha256(file.read_bytes()).hexdigest(),
-                          **special}}
+                          **special},
+            **({'chat_template': template} if isinstance(template, str) else {})}
 
 
 def vocabulary(meta):

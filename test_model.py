@@ -363,12 +363,12 @@ def test_a_vocabulary_that_nobody_describes_is_refused(tmp_path):
     assert open_model(tmp_path)[1] == char_meta(37)
 
 
-def bpe_files(folder, vocab_size=300, **config):
-    """Writes a tokenizer.json with a byte-level BPE of its own, and a tokenizer_config.json."""
+def bpe_files(folder, vocab_size=300, metaspace=False, **config):
+    """Writes a tokenizer.json with a byte pair encoding of its own, and a tokenizer_config.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace() if metaspace else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.Metaspace() if metaspace else decoders.ByteLevel()
     bytes_ = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator([Path(__file__).read_text(encoding='utf-8')], trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=['<|end|>', '<|user|>'], initial_alphabet=bytes_, show_progress=False))

@@ -35,7 +35,7 @@ from dataset import bytes_per_token, eval_starts, gpt2_encoding, open_dataset, t
 from log import Log
 from model import GPTConfig
 from rundir import check_out_dir, clear_run, load_model, open_model, open_run
-from test_model import numpy_gpt, numpy_qwen3
+from test_model import bpe_files, numpy_gpt, numpy_qwen3
 
 HERE = Path(__file__).resolve().parent
 TINY = ['--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4',
@@ -701,6 +701,32 @@ def test_bpe_of_a_file_in_pieces_equals_bpe_of_the_whole(repo):
     run(repo, 'data/text/prepare.py', 'long.txt', 'verse.txt', '--name=bpe', '--tokenizer=gpt2')
     want = enc.encode_ordinary(text) + [enc.eot_token] + enc.encode_ordinary(ROMEO * 40) + [enc.eot_token]
     assert np.concatenate(bins_of(repo / 'data/bpe')).tolist() == want
+
+
+def test_a_text_in_a_models_tokens_has_the_ids_of_the_whole_also_in_pieces_and_beyond_16_bits(repo):
+    text = ''.join(f'{i} {ROMEO}\n\n  \t<|end|>{i}' for i in range(10_000))  # 1.2 MB: two pieces
+    (repo / 'long.txt').write_text(text, encoding='utf-8')
+    bpe_files(repo / 'bpe')
+    bpe_files(repo / 'prefix', metaspace=True)  # begins a text with a space, as SentencePiece does
+    wide = json.loads((repo / 'bpe/tokenizer.json').read_text(encoding='utf-8'))
+    wide['model']['vocab'][wide['model']['merges'][0][0] + wide['model']['merges'][0][1]] = 70_000
+    (repo / 'wide').mkdir()
+    (repo / 'wide/tokenizer.json').write_text(json.dumps(wide), encoding='utf-8')
+    for name, dtype in ('bpe', '<u2'), ('prefix', '<u2'), ('wide', '<u4'):
+        run(repo, 'data/text/prepare.py', 'long.txt', f'--tokenizer={name}', f'--name=in-{name}')
+        bpe = tokenizers.Tokenizer.from_file(str(repo / name / 'tokenizer.json'))
+        bpe.encode_special_tokens = True  # what a text spells is text
+        end = [] if name == 'wide' else [0]
+        ids = np.concatenate([np.fromfile(repo / f'data/in-{name}/{split}.bin', dtype) for split in ('train', 'val')])
+        assert ids.tolist() == bpe.encode(text).ids + end
+    assert ids.max() == 70_000 < open_dataset(repo / 'data/in-wide', 16)[1]['vocab_size']
+    # a run has a copy of the tokenizer, and needs the dataset no more
+    run(repo, 'train.py', *TINY, '--dataset=in-wide', '--out_dir=wide-run', '--max_iters=1', '--eval_iters=1')
+    shutil.rmtree(repo / 'data/in-wide')
+    assert 'ROMEO' in run(repo, 'sample.py', '--out_dir=wide-run', '--start=ROMEO', '--num_samples=1')
+    for name, message in (('nowhere', 'is no folder'), ('data', 'tokenizer.json is not a tokenizer')):
+        assert message in run(repo, 'data/text/prepare.py', 'verse.txt', f'--tokenizer={name}', code=1, HF_HUB_OFFLINE='1')
+    assert 'leave it out' in run(repo, 'data/text/prepare.py', 'verse.txt', '--tokenizer=data/tiny', code=2)
 
 
 def test_a_dataset_is_not_replaced_without_a_word(repo):

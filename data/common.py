@@ -10,12 +10,16 @@ import os
 import shutil
 import sys
 import urllib.request
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset import GPT2_META, gpt2_encoding
+from dataset import GPT2_META, TOKENIZER_FILES, gpt2_encoding, hf_meta, read_meta
+
+CPUS = getattr(os, 'process_cpu_count', os.cpu_count)()  # process_cpu_count is Python 3.13's
 
 
 def fail(message):
@@ -71,13 +75,20 @@ def new_files(folder, *names):
 
 @contextlib.contextmanager
 def new_dataset(folder, meta):
-    """Yields two open files for the token ids of train and val, and in the end prints how many there are."""
-    with new_files(folder, 'meta.json', 'train.bin', 'val.bin') as (meta_json, train, val):
-        meta_json.write(json.dumps(meta).encode())
+    """Yields two open files for the token ids of train and val, and in the end prints how many there are. A copy of the
+    tokenizer's file, if it has one, goes with them."""
+    tokenizer = meta['tokenizer']
+    copies = {'tokenizer.json': Path(tokenizer['file']).read_bytes()} if 'file' in tokenizer else {}
+    meta = meta | {'tokenizer': tokenizer | {'file': name for name in copies}}
+    copies['meta.json'] = json.dumps(meta).encode()
+    with new_files(folder, *copies, 'train.bin', 'val.bin') as (*files, train, val):
+        for f, content in zip(files, copies.values()):
+            f.write(content)
         yield train, val
     print(f'vocab size: {meta["vocab_size"]:,}')
     for split in ('train', 'val'):
-        print(f'{split} has {(folder / f"{split}.bin").stat().st_size // 2:,} tokens')
+        size = (folder / f'{split}.bin').stat().st_size
+        print(f'{split} has {size // np.dtype(meta.get("dtype", "uint16")).itemsize:,} tokens')
     print(f'wrote them to {folder}; train with --dataset={folder.name}')
 
 
@@ -88,6 +99,41 @@ def char_tokenizer(chars):
     id_of[[ord(c) for c in chars]] = np.arange(len(chars))
     encode = lambda text: id_of[np.frombuffer(text.encode('utf-32-le'), '<u4')]
     return encode, {'vocab_size': len(chars), 'tokenizer': {'kind': 'char', 'chars': chars}}
+
+
+def find_tokenizer(name):
+    """What meta.json says about --tokenizer=NAME: 'gpt2', a folder of a model, a dataset or a run, or the name of a
+    model on the Hugging Face Hub. Ends the script if it has none."""
+    if name == 'gpt2':
+        return GPT2_META
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=TOKENIZER_FILES))
+        except Exception as e:  # of the hub, of its HTTP library, or of the disk
+            fail(f'--tokenizer={name} is no folder, and cannot be downloaded ({type(e).__name__}): put the files '
+                 f'tokenizer* and chat_template* of https://huggingface.co/{name} into a folder and give its path')
+    try:
+        for named in 'meta.json', 'config.json':  # of a dataset or of a run
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                meta = read_meta(folder / named)
+                return {key: meta[key] for key in ('vocab_size', 'tokenizer', 'chat_template') if key in meta}
+        return hf_meta(folder)
+    except ValueError as e:
+        fail(e)
+
+
+def on_all_cores(encode, pieces):
+    """Yields encode(*piece) for each piece, in order. Few pieces are in memory at a time."""
+    jobs = deque()
+    with ThreadPoolExecutor(CPUS) as pool:  # threads do: tokenizers are no Python code
+        for piece in pieces:
+            jobs.append(pool.submit(encode, *piece))
+            if len(jobs) > 2 * CPUS:
+                yield jobs.popleft().result()
+        while jobs:
+            yield jobs.popleft().result()
 
 
 def tiny_shakespeare(*folders):

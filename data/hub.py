@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import GPT2_META, check_room, gpt2_encoding, new_dataset, options
+from common import CPUS, GPT2_META, check_room, gpt2_encoding, new_dataset, options
 
 
 def load(args):
@@ -92,14 +92,13 @@ def write(splits, args, out):
 def prepare(script, doc, repo, revision, cached, written):
     """Reads the command line, runs `load` and `write`, and reports every error in one line. The dataset `repo` takes
     `cached` bytes in the libraries' cache, and `written` bytes here."""
-    cpus = getattr(os, 'process_cpu_count', os.cpu_count)()  # process_cpu_count is Python 3.13's
     parser = options(doc)
     parser.add_argument('--repo', default=repo, help=f'a dataset on the Hugging Face Hub ({repo})')
     parser.add_argument('--revision', default=revision, help=f'a branch, tag or commit of that dataset ({revision})')
     parser.add_argument('--files', nargs='+', metavar='PATH',
                         help='read parquet files of your own, or one folder of them, instead')
     parser.add_argument('--column', default='text', help='the column that holds the text (text)')
-    parser.add_argument('--num_proc', type=int, default=cpus, help=f'the number of processes that tokenize ({cpus})')
+    parser.add_argument('--num_proc', type=int, default=CPUS, help=f'the number of processes that tokenize ({CPUS})')
     args = parser.parse_args()
     out = Path(script).resolve().parent
 
