@@ -111,7 +111,7 @@ def no_cudnn(config, device):
     if not re.fullmatch(r'\d+\.\d+', capability) or float(capability) < 8:
         return f'{device.device_kind} is not an NVIDIA GPU of the A100 or later'
     if config.dtype == 'float32' or config.dropout or config.head_size not in range(8, 129, 8):
-        return (f'dtype = {config.dtype}, dropout = {config.dropout}, n_embd / n_head = {config.head_size}: it wants '
+        return (f'dtype = {config.dtype}, dropout = {config.dropout}, head_size = {config.head_size}: it wants '
                 '16 bits, 0, and a multiple of 8 up to 128')
     return ''
 

@@ -98,19 +98,19 @@ def unembed(x, weight, dtype='float32', *, one_cpu):
     return y.reshape(*x.shape[:-1], len(weight))
 
 
-@jax.custom_vjp
-def normalize(x, w):
-    """w * (x - mean) / sqrt(var + 1e-5): x (N, C), w (C,)."""
-    return normalize_forward(x, w)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def normalize(x, w, eps):
+    """w * (x - mean) / sqrt(var + eps): x (N, C), w (C,)."""
+    return normalize_forward(x, w, eps)[0]
 
 
-def normalize_forward(x, w):
+def normalize_forward(x, w, eps):
     x = x - x.mean(-1, keepdims=True)
-    rstd = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+    rstd = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
     return x * rstd * w, (x * rstd, rstd, w)
 
 
-def normalize_backward(saved, dy):
+def normalize_backward(eps, saved, dy):
     """With y = x * rstd: dx = rstd * (dy w - mean(dy w) - y mean(dy w y)) and dw = sum(dy y). The means are products
     with w, which are faster than sums, and the barrier keeps dy y for both of its uses (0.93 together)."""
     y, rstd, w = saved
@@ -122,24 +122,24 @@ def normalize_backward(saved, dy):
 normalize.defvjp(normalize_forward, normalize_backward)
 
 
-def layer_norm(x, weight, bias=None):
-    y = normalize(x.astype(jnp.float32).reshape(-1, len(weight)), weight).reshape(x.shape)
+def layer_norm(x, weight, bias, eps):
+    y = normalize(x.astype(jnp.float32).reshape(-1, len(weight)), weight, eps).reshape(x.shape)
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
-@jax.custom_vjp
-def rms_norm(x, weight):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x, weight, eps):
     """Does not flatten x as layer_norm() does: on a mesh that would gather the heads."""
-    return rms_norm_forward(x, weight)[0]
+    return rms_norm_forward(x, weight, eps)[0]
 
 
-def rms_norm_forward(x, w):
+def rms_norm_forward(x, w, eps):
     out_dtype, x = x.dtype, x.astype(jnp.float32)
-    rstd = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+    rstd = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
     return (x * rstd * w).astype(out_dtype), (x * rstd, rstd, w)
 
 
-def rms_norm_backward(saved, dy):
+def rms_norm_backward(eps, saved, dy):
     """As normalize_backward(), but nothing comes from the mean of x (0.64)."""
     y, rstd, w = saved
     out_dtype, dy = dy.dtype, dy.astype(jnp.float32)
@@ -197,13 +197,13 @@ def dropout(x, rate, key):
 # GPUs: what is not a matmul takes as long as its bytes take to be read and written
 
 
-def one_pass_layer_norm(x, weight, bias=None):
+def one_pass_layer_norm(x, weight, bias, eps):
     """The variance as mean(x^2) - mean(x)^2, which is Flax's default: XLA makes both sums where it adds to the residual
     stream, and does not write the normalized x in float32 for the gradient by weight (1.9 of 24.7 GB for 124M with
     12 x 1024 tokens)."""
     x32 = x.astype(jnp.float32)
     mean, square = x32.mean(-1, keepdims=True), (x32 * x32).mean(-1, keepdims=True)
-    y = (x32 - mean) * jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + 1e-5) * weight
+    y = (x32 - mean) * jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + eps) * weight
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
@@ -319,20 +319,22 @@ blocks.defvjp(blocks_forward, blocks_backward)
 def block_attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32', *, layout):
     if q.shape[2] != k.shape[2]:  # with a cache
         return NotImplemented
+    k, v = (jnp.repeat(a, q.shape[1] // a.shape[1], 1) for a in (k, v))
     return blocks(q, k, v, rate, key, dtype, layout)
 
 
 def attention_with_cache(q, k, v, cache, pos, dtype='float32'):
     """Reads the cache first and writes it last: then XLA's CPU code updates it in place, and does not copy it (2.1
-    times as fast)."""
-    keys, values = cache
+    times as fast). The heads of q that share a key stand side by side in the place of T = 1, so it is read once."""
+    (keys, values), shape = cache, q.shape
+    q = q.reshape(*k.shape[:2], -1, shape[-1])
     past = jnp.einsum('bhtd,bhsd->bhts', q, keys)
     past = jnp.where(jnp.arange(keys.shape[2]) < pos, past, -1e30)
     scores = jnp.concatenate([past, jnp.einsum('bhtd,bhsd->bhts', q, k)], axis=-1)
     probs = jax.nn.softmax(scores.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
     y = jnp.einsum('bhts,bhsd->bhtd', probs[..., :-1], values) + probs[..., -1:] * v
-    write = lambda old, new: jax.lax.dynamic_update_slice(old, after(new, y), (0, 0, pos, 0))
-    return y, (write(keys, k), write(values, v))
+    write = lambda old, new: jax.lax.dynamic_update_slice(old, after(new, y[:, :, :1]), (0, 0, pos, 0))
+    return y.reshape(shape), (write(keys, k), write(values, v))
 
 
 def over_mesh(attend, q, k, v):
@@ -341,7 +343,7 @@ def over_mesh(attend, q, k, v):
     mesh = jax.sharding.get_abstract_mesh()
     if axes := {axis: n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes}:
         divided = lambda axis, n: axis if n % axes.get(axis, n + 1) == 0 else None
-        parts = P(divided('data', q.shape[0]), divided('tensor', q.shape[1]))
+        parts = P(divided('data', q.shape[0]), divided('tensor', k.shape[1]))  # each group of heads stays together
         attend = jax.shard_map(attend, in_specs=parts, out_specs=parts, axis_names=set(axes), check_vma=False)
     return attend(q, k, v)
 
@@ -403,13 +405,13 @@ KERNELS = {'plain': {}, 'cpu': of_cpus(one_cpu=True), 'cpus': of_cpus(one_cpu=Fa
 # line here only together with the kernels of that name.
 MADE_FOR = {'linear': '773fbda027800a45',
             'unembed': '6c6fe1187e22cce2',
-            'layer_norm': 'b6a3b4aad6252a4f',
-            'rms_norm': '62ed0168f4d65bb7',
+            'layer_norm': '9966ec7a577386df',
+            'rms_norm': '3769a4a8e401bbc8',
             'gelu': '7ebe822ee050d2c4',
             'swiglu': '940ba8266f6688b1',
             'dropout': 'a60f7e5f51df0a4a',
-            'attention': 'c1601f34ffa714b7',
-            'attention_with_cache': 'e5e86ca1e99d0f47',
+            'attention': 'd20bcb1abc4ce613',
+            'attention_with_cache': '5f3eefe911c2dd5c',
             'cross_entropy': '062dc6ba49654119'}
 GENERATE = '2b498cdc0682b033'  # the same of GPT.generate, whose text engine.py writes faster
 

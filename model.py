@@ -5,7 +5,7 @@ What you change here is what runs, in training, in evaluation and in sampling, o
 function that is marked @fast may have a faster twin in kernels.py, a kernel. It was made for the function as it stands
 here, so once you edit the function, your lines run instead, and the log says so. `--kernels=plain` uses no kernel.
 
-Letters for dimensions, as in nanoGPT: B batch, T time (T <= block_size), C = n_embd, nh = n_head, hs = C // nh,
+Letters for dimensions, as in nanoGPT: B batch, T time (T <= block_size), C = n_embd, nh = n_head, hs = head_size,
 V = vocab_size; S is the length of the key-value cache.
 
 References: nanoGPT's model.py, https://github.com/karpathy/nanoGPT; OpenAI's GPT-2, https://github.com/openai/gpt-2;
@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# An architecture is a row: its norms, its positions, its MLP, and whether it normalizes queries and keys. Add a row,
-# and `--arch=yours` trains it.
+# An architecture is a row. Add a row, and `--arch=yours` trains it. qkv_bias: queries, keys and values have biases.
 ARCHS = {
-    'gpt2': dict(norm='layer', positions='learned', mlp='gelu', qk_norm=False),
-    'qwen3': dict(norm='rms', positions='rotary', mlp='swiglu', qk_norm=True),
+    'gpt2': dict(norm='layer', positions='learned', mlp='gelu', qkv_bias=False, qk_norm=False),
+    'qwen3': dict(norm='rms', positions='rotary', mlp='swiglu', qkv_bias=False, qk_norm=True),
+    'qwen2': dict(norm='rms', positions='rotary', mlp='swiglu', qkv_bias=True, qk_norm=False),
+    'llama': dict(norm='rms', positions='rotary', mlp='swiglu', qkv_bias=False, qk_norm=False),
 }
 
 
@@ -34,9 +35,15 @@ class GPTConfig:
     n_layer: int
     n_head: int
     n_embd: int
-    arch: str = 'gpt2'  # a row of ARCHS: 'gpt2', or 'qwen3', which learns more from every token
+    arch: str = 'gpt2'  # a row of ARCHS: 'gpt2'; 'qwen3', which learns more from every token; 'qwen2'; 'llama'
     n_inner: int = 0  # width of the MLP; 0: 4 n_embd with GELU, about 8/3 n_embd with SwiGLU
+    n_kv_head: int = 0  # heads of keys and values, each for a group of n_head / n_kv_head queries; 0: n_head
+    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
+    norm_eps: float = 0.0  # norms add it to the variance; 0: 1e-5 in LayerNorm, 1e-6 in RMSNorm
+    tied: bool = True  # the output layer is the token embedding; False: a matrix of its own
     rope_theta: float = 10000.0  # rotary positions: a higher one turns them more slowly
+    rope_factor: float = 1.0  # Llama 3's longer contexts: slow rotary positions turn so many times slower; 1: all alike
+    rope_context: int = 8192  # those that turn less than once in so many tokens are slow
     dropout: float = 0.0
     bias: bool = False  # biases in Linears and LayerNorms, like GPT-2; False: a bit better and faster
     dtype: str = 'float32'  # matrices are multiplied in it; parameters, norms and loss are float32
@@ -52,7 +59,7 @@ class GPTConfig:
 
     @property
     def head_size(self):
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def mlp_width(self):
@@ -62,34 +69,30 @@ class GPTConfig:
     @property
     def activation_dtype(self):
         """The type of activations between matrices. On a CPU, only matmuls are fast in bfloat16."""
-        on_cpu = self.kernels in ('cpu', 'cpus')
-        return 'float32' if on_cpu and self.dtype == 'bfloat16' else self.dtype
+        return 'float32' if self.kernels in ('cpu', 'cpus') and self.dtype == 'bfloat16' else self.dtype
 
     def __post_init__(self):
-        lowest = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_inner=0, rope_theta=1, loss_chunks=1)
+        lowest = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_inner=0, n_kv_head=0, head_dim=0,
+                      norm_eps=0, rope_theta=1, rope_factor=1, rope_context=1, loss_chunks=1)
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f'{name} = {getattr(self, name)}: must be at least {low}')
-        if self.n_layer > 1000:  # each layer is traced and compiled: nobody waits for so many
-            raise ValueError(f'n_layer = {self.n_layer}: must be at most 1000')
-        if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}')
         if self.arch not in ARCHS:
             raise ValueError(f'arch = {self.arch!r}: must be {" or ".join(map(repr, ARCHS))}')
-        if self.bias and self.row['norm'] == 'rms':
-            raise ValueError(f'bias = True: arch = {self.arch!r} has RMSNorm, which goes without biases')
-        if self.row['positions'] == 'rotary' and self.head_size % 2:
-            raise ValueError(f'n_embd / n_head = {self.head_size}: arch = {self.arch!r} turns channels in pairs')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout = {self.dropout}: must be at least 0 and below 1')
-        if self.dtype not in ('float32', 'bfloat16', 'float16'):
-            raise ValueError(f'dtype = {self.dtype!r}: must be float32, bfloat16 or float16')
-        if self.block_size % self.loss_chunks:
-            raise ValueError(f'loss_chunks = {self.loss_chunks}: must divide block_size = {self.block_size}')
-        if not 0 <= self.lora_rank <= self.n_embd:
-            raise ValueError(f'lora_rank = {self.lora_rank}: must be from 0 to n_embd = {self.n_embd}')
-        if self.lora_alpha <= 0:
-            raise ValueError(f'lora_alpha = {self.lora_alpha}: must be above 0')
+        rms, rotary = self.row['norm'] == 'rms', self.row['positions'] == 'rotary'
+        for fine, name, must in (
+                (self.n_layer <= 1000, 'n_layer', 'must be at most 1000'),  # each is compiled: nobody waits for more
+                (self.head_dim or not self.n_embd % self.n_head, 'n_embd', f'n_head = {self.n_head} must divide it'),
+                (self.n_head % (self.n_kv_head or 1) == 0, 'n_kv_head', f'must divide n_head = {self.n_head}'),
+                (not (self.bias and rms), 'bias', f'arch = {self.arch!r} has RMSNorm, which goes without biases'),
+                (self.head_size % 2 == 0 or not rotary, 'head_size', f'arch = {self.arch!r} turns channels in pairs'),
+                (0 <= self.dropout < 1, 'dropout', 'must be at least 0 and below 1'),
+                (self.dtype in ('float32', 'bfloat16', 'float16'), 'dtype', 'must be float32, bfloat16 or float16'),
+                (self.block_size % self.loss_chunks == 0, 'loss_chunks', f'must divide block_size = {self.block_size}'),
+                (0 <= self.lora_rank <= self.n_embd, 'lora_rank', f'must be from 0 to n_embd = {self.n_embd}'),
+                (self.lora_alpha > 0, 'lora_alpha', 'must be above 0')):
+            if not fine:
+                raise ValueError(f'{name} = {getattr(self, name)!r}: {must}')
 
 
 # -----------------------------------------------------------------------------
@@ -125,19 +128,19 @@ def unembed(x, weight, dtype='float32'):
 
 
 @fast
-def layer_norm(x, weight, bias=None):
-    """weight * (x - mean) / sqrt(var + 1e-5) + bias over the last dimension, in float32: x (..., C)."""
+def layer_norm(x, weight, bias, eps):
+    """weight * (x - mean) / sqrt(var + eps) + bias over the last dimension, in float32: x (..., C)."""
     centered = x.astype(jnp.float32)
     centered = centered - centered.mean(-1, keepdims=True)
-    y = centered * jax.lax.rsqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * weight
+    y = centered * jax.lax.rsqrt((centered**2).mean(-1, keepdims=True) + eps) * weight
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
 @fast
-def rms_norm(x, weight):
-    """weight * x / sqrt(mean(x^2) + 1e-6) over the last dimension, in float32: x (..., C)."""
+def rms_norm(x, weight, eps):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in float32: x (..., C)."""
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt((x32**2).mean(-1, keepdims=True) + 1e-6) * weight).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt((x32**2).mean(-1, keepdims=True) + eps) * weight).astype(x.dtype)
 
 
 @fast
@@ -161,10 +164,14 @@ def dropout(x, rate, key):
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def rotary_angles(pos, T, hs, theta):
+def rotary_angles(pos, T, hs, theta, factor=1.0, context=8192):
     """Cosines and sines, (T, hs) each, for T positions from pos on: channels i and i + hs / 2 are a pair, which turns
-    by theta^(-2 i / hs) from one position to the next (RoPE, https://arxiv.org/abs/2104.09864)."""
+    by theta^(-2 i / hs) from one position to the next (RoPE, https://arxiv.org/abs/2104.09864). With Llama 3's factor,
+    pairs that turn less than once in `context` tokens turn so many times slower, and those above 4 times as before."""
     speeds = theta ** (-jnp.arange(0, hs, 2, dtype=jnp.float32) / hs)
+    if factor != 1:
+        fast = jnp.clip((speeds * context / (2 * math.pi) - 1) / (4 - 1), 0, 1)
+        speeds *= fast + (1 - fast) / factor
     angles = (pos + jnp.arange(T, dtype=jnp.float32))[:, None] * speeds
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
@@ -183,8 +190,10 @@ def rotate(x, angles):
 def attention(q, k, v, pos=0, rate=0.0, key=None, dtype='float32'):
     """dropout(softmax(q k' / sqrt(hs))) v, where no query sees a later key. The queries q (B, nh, T, hs) stand at
     positions pos, pos + 1, ..., the keys k and values v (B, nh, S, hs) at 0, 1, ...: in training S = T and pos = 0, and
-    with a cache T = 1. The result is (B, nh, T, hs). What you change here is also what reads the cache."""
+    with a cache T = 1. The result is (B, nh, T, hs). What you change here is also what reads the cache. Where k and v
+    have fewer heads, each is for a group of neighbors in q (grouped queries, https://arxiv.org/abs/2305.13245)."""
     q, k, v, result = q.astype(dtype), k.astype(dtype), v.astype(dtype), q.dtype
+    k, v = (jnp.repeat(a, q.shape[1] // a.shape[1], 1) for a in (k, v))  # as many heads as q has
     t = pos + jnp.arange(q.shape[2])[:, None]  # where the queries stand
     s = jnp.arange(k.shape[2])  # where the keys stand
     scores = jnp.einsum('bhtd,bhsd->bhts', q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
@@ -237,25 +246,26 @@ class Norm(nnx.Module):
     def __init__(self, kind, n, config, rngs):
         init = init_table(config)
         self.kind, self.config = kind, config
+        self.eps = config.norm_eps or {'layer': 1e-5, 'rms': 1e-6}[kind]
         self.weight = nnx.Param(init['scale'](rngs.params(), (n,)))
         self.bias = nnx.Param(init['bias'](rngs.params(), (n,))) if config.bias and kind == 'layer' else None
 
     def __call__(self, x):
         if self.kind == 'rms':
-            return rms_norm(x, self.weight[...], kernels=self.config.kernels)
+            return rms_norm(x, self.weight[...], self.eps, kernels=self.config.kernels)
         bias = None if self.bias is None else self.bias[...]
-        return layer_norm(x, self.weight[...], bias, kernels=self.config.kernels)
+        return layer_norm(x, self.weight[...], bias, self.eps, kernels=self.config.kernels)
 
 
 class Linear(nnx.Module):
     """x @ weight + bias, (..., in) to (..., *out). The weight is (in, *out), as in GPT-2's own files. With LoRA, x @ A
     @ B is added, where A is (in, rank) and B is (rank, *out): https://arxiv.org/abs/2106.09685."""
 
-    def __init__(self, shape, config, rngs, kind='weight'):
+    def __init__(self, shape, config, rngs, kind='weight', bias=False):
         init = init_table(config)
         self.config = config
         self.weight = nnx.Param(init[kind](rngs.params(), shape))
-        self.bias = nnx.Param(init['bias'](rngs.params(), shape[1:])) if config.bias else None
+        self.bias = nnx.Param(init['bias'](rngs.params(), shape[1:])) if config.bias or bias else None
         if rank := config.lora_rank:
             self.lora_A = nnx.Param(init['lora_A'](rngs.params(), (shape[0], rank)))
             self.lora_B = nnx.Param(init['lora_B'](rngs.params(), (rank, *shape[1:])))
@@ -273,18 +283,27 @@ class Linear(nnx.Module):
 class CausalSelfAttention(nnx.Module):
     def __init__(self, config, rngs):
         self.config = config
-        C = config.n_embd
-        self.c_attn = Linear((C, 3, C), config, rngs)  # query, key and value for all heads
-        self.c_proj = Linear((C, C), config, rngs, 'residual')
+        C, q, bias = config.n_embd, config.n_head * config.head_size, config.row['qkv_bias']
+        kv = config.n_kv_head * config.head_size or q
+        self.grouped = kv < q
+        if self.grouped:
+            self.c_q = Linear((C, q), config, rngs, bias=bias)
+            self.c_kv = Linear((C, 2, kv), config, rngs, bias=bias)
+        else:
+            self.c_attn = Linear((C, 3, q), config, rngs, bias=bias)  # query, key and value for all heads
+        self.c_proj = Linear((q, C), config, rngs, 'residual')
         if config.row['qk_norm']:
             self.q_norm = Norm('rms', config.head_size, config, rngs)
             self.k_norm = Norm('rms', config.head_size, config, rngs)
 
     def __call__(self, x, key=None, cache=None, pos=0, angles=None):
-        config, (B, T, C) = self.config, x.shape
+        config, (B, T, _) = self.config, x.shape
         attn_key, resid_key = split_key(key, 2)
-        qkv = self.c_attn(x).reshape(B, T, 3, config.n_head, config.head_size)
-        q, k, v = (a[:, :, 0].swapaxes(1, 2) for a in jnp.split(qkv, 3, 2))  # (B, nh, T, hs) each
+        if self.grouped:
+            q, (k, v) = self.c_q(x), jnp.split(self.c_kv(x), 2, 2)
+        else:
+            q, k, v = jnp.split(self.c_attn(x), 3, 2)
+        q, k, v = (a.reshape(B, T, -1, config.head_size).swapaxes(1, 2) for a in (q, k, v))  # (B, nh, T, hs) each
         if config.row['qk_norm']:
             q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
@@ -294,7 +313,7 @@ class CausalSelfAttention(nnx.Module):
             y = attention(q, k, v, 0, rate, attn_key, config.dtype, kernels=config.kernels)
         else:
             y, (k, v) = attention_with_cache(q, k, v, cache, pos, config.dtype, kernels=config.kernels)
-        y = y.transpose(0, 2, 1, 3).reshape(B, T, C)  # all heads side by side again
+        y = y.transpose(0, 2, 1, 3).reshape(B, T, -1)  # all heads side by side again
         return dropout(self.c_proj(y), config.dropout, resid_key, kernels=config.kernels), (k, v)
 
 
@@ -337,11 +356,13 @@ class Embedding(nnx.Module):
 class GPT(nnx.Module):
     def __init__(self, config, *, rngs):
         self.config = config
-        self.wte = Embedding(config.vocab_size, config, rngs)  # tokens; tied: also the output layer
+        self.wte = Embedding(config.vocab_size, config, rngs)  # tokens; if tied, also the output layer
         if config.row['positions'] == 'learned':
             self.wpe = Embedding(config.block_size, config, rngs)
         self.h = nnx.List([Block(config, rngs) for _ in range(config.n_layer)])
         self.ln_f = Norm(config.row['norm'], config.n_embd, config, rngs)
+        if not config.tied:
+            self.lm_head = Embedding(config.vocab_size, config, rngs)
 
     def features(self, idx, key=None, cache=None, pos=0):
         """Final features (B, T, C) of the tokens idx (B, T), and each layer's keys and values, a list of pairs (B, nh,
@@ -353,7 +374,7 @@ class GPT(nnx.Module):
         if config.row['positions'] == 'learned':
             x += jax.lax.dynamic_slice_in_dim(self.wpe.weight[...], pos, T)
         else:
-            angles = rotary_angles(pos, T, config.head_size, config.rope_theta)
+            angles = rotary_angles(pos, T, config.head_size, config.rope_theta, config.rope_factor, config.rope_context)
         x = dropout(x.astype(config.activation_dtype), config.dropout, keys[0], kernels=config.kernels)
         new_cache = []
         for i, block in enumerate(self.h):
@@ -365,7 +386,8 @@ class GPT(nnx.Module):
 
     def head(self, x):
         """Logits (..., V) of features x (..., C)."""
-        return unembed(x, self.wte.weight[...], self.config.dtype, kernels=self.config.kernels)
+        output = self.wte if self.config.tied else self.lm_head
+        return unembed(x, output.weight[...], self.config.dtype, kernels=self.config.kernels)
 
     def __call__(self, idx, key=None):
         """Logits (B, T, V) for tokens idx (B, T). A key turns dropout on."""

@@ -79,7 +79,8 @@ OF_THE_MACHINE = {'out_dir', 'init_from', 'checkpoint', 'eval_only', 'overwrite'
 # the model's arguments that may change when a run is resumed
 MAY_CHANGE = {'dropout', 'dtype', 'kernels', 'remat', 'loss_chunks'}
 # the model's arguments that pretrained weights decide
-SHAPE = ('arch', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'rope_theta', 'bias', 'block_size')
+SHAPE = ('arch', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'n_kv_head', 'head_dim', 'norm_eps', 'tied', 'rope_theta',
+         'rope_factor', 'rope_context', 'bias', 'block_size')
 
 
 def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):

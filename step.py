@@ -51,9 +51,13 @@ def num_params(params):
 
 
 def flops_per_token(config, n_params, n_frozen=0):
-    """The FLOPs of a training step for each token: 6 for each parameter and 12 L C T for attention (PaLM, appendix B,
-    https://arxiv.org/abs/2204.02311). Frozen parameters have no gradient of their own: 4."""
-    return 6 * n_params - 2 * n_frozen + 12 * config.n_layer * config.n_embd * config.block_size
+    """The FLOPs of a training step for each token: 6 for each parameter and 12 L nh hs T for attention (PaLM, appendix
+    B, https://arxiv.org/abs/2204.02311). Frozen parameters have no gradient of their own: 4. An embedding that is not
+    the output layer, too, is only looked up: 0."""
+    looked_up = 0 if config.tied else config.vocab_size * config.n_embd
+    n_params, n_frozen = n_params - looked_up, max(n_frozen - looked_up, 0)
+    attention = 12 * config.n_layer * config.n_head * config.head_size * config.block_size
+    return 6 * n_params - 2 * n_frozen + attention
 
 
 def estimate_mfu(config, n_params, n_frozen, tokens_per_second, devices):
@@ -67,9 +71,10 @@ def estimate_mfu(config, n_params, n_frozen, tokens_per_second, devices):
 
 # The dimension of each matrix that the tensor axis splits (Megatron-LM, https://arxiv.org/abs/1909.08053): the first
 # matrix of attention and MLP by column and the second by row, so that each pair needs a single all-reduce, and the
-# embedding by token. With LoRA, c_attn's B is split like c_attn, by column, and c_proj's A like c_proj, by row. All
-# else is on every device.
-TENSOR_SPLIT = {'wte': 0, 'attn.c_attn': -1, 'mlp.c_fc': -1, 'attn.c_proj': 0, 'mlp.c_proj': 0}
+# embedding and the output layer by token. With LoRA, c_attn's B is split like c_attn, by column, and c_proj's A like
+# c_proj, by row. All else is on every device.
+TENSOR_SPLIT = {'wte': 0, 'lm_head': 0, 'attn.c_attn': -1, 'attn.c_q': -1, 'attn.c_kv': -1, 'mlp.c_fc': -1,
+                'attn.c_proj': 0, 'mlp.c_proj': 0}
 
 
 def shardings(state, mesh, fsdp=False):

@@ -53,17 +53,20 @@ CASES = {  # arguments of the functions of model.py
     'linear': [normal(2, 3, 4), normal(4, 3, 5), normal(3, 5)],
     'linear of one row': [normal(1, 1, 128), normal(128, 5), normal(5)],
     'unembed': [normal(2, 3, 4), normal(7, 4)],
-    'layer_norm': [normal(2, 3, 8), normal(8), normal(8, seed=1)],
-    'rms_norm': [normal(2, 3, 8), normal(8)],
+    'layer_norm': [normal(2, 3, 8), normal(8), normal(8, seed=1), 0.1],
+    'rms_norm': [normal(2, 3, 8), normal(8), 0.1],
     'gelu': [3 * normal(6, 4)],
     'swiglu': [3 * normal(6, 2, 4)],
     'rotate': [normal(2, 3, 7, 8), model.rotary_angles(5, 7, 8, 100.0)],
     'attention': QKV,
     'attention of one block': [x[:, :, :20] for x in QKV],
+    'attention of groups': [normal(2, 6, 20, 8), *(x[:, :, :20] for x in QKV[1:])],
     'attention_with_cache': [*(x[:, :, 7:8] for x in QKV), tuple(x[:, :, :10] for x in QKV[1:]), jnp.int32(7)],
+    'attention_with_cache of groups': [normal(2, 6, 1, 8), *(x[:, :, 7:8] for x in QKV[1:]),
+                                       tuple(x[:, :, :10] for x in QKV[1:]), jnp.int32(7)],
     'cross_entropy': [normal(2, 3, 40), np.array([[0, 3, 39], [1, 2, 0]])],
 }
-TAKE_DTYPE = 'linear', 'unembed', 'attention', 'attention of one block'
+TAKE_DTYPE = 'linear', 'unembed', 'attention', 'attention of one block', 'attention of groups'
 PAIRS = [(platform, case) for platform in KERNELS for case in CASES
          if case.split(' of ')[0] in KERNELS[platform] and platform not in ('cudnn', 'splash')]
 
@@ -128,7 +131,8 @@ def test_dropout_of_attention_in_blocks_multiplies_probabilities_as_dropout_does
 def test_splash_attention_is_the_plain_one_with_and_without_a_mesh():
     """Pallas computes it on a CPU, step by step."""
     splash = functools.partial(kernels.splash_attention, interpret=True)
-    q, k, v, weight = jax.random.normal(KEY, (4, 2, 2, 384, 64))
+    q, weight = jax.random.normal(KEY, (2, 2, 4, 384, 64))  # in groups of two heads
+    k, v = jax.random.normal(jax.random.key(1), (2, 2, 2, 384, 64))
 
     def value_and_gradients(attention):
         loss = lambda q, k, v: (attention(q, k, v) * weight).sum()
@@ -257,7 +261,7 @@ def test_the_log_names_what_was_edited_and_a_plain_run_needs_no_kernels(tmp_path
     halved = run(repo, 'train.py', *small, '--n_embd=64', fresh=True)
     assert 'edited in model.py, so without their kernels: attention, attention_with_cache' in halved
     row = "    'qwen3': dict("
-    mine = "    'mine': dict(norm='layer', positions='rotary', mlp='gelu', qk_norm=True),\n"
+    mine = "    'mine': dict(norm='layer', positions='rotary', mlp='gelu', qkv_bias=True, qk_norm=True),\n"
     model_py.write_text(whole.replace(row, mine + row), encoding='utf-8')
     assert first(run(repo, 'train.py', *small, '--arch=mine', fresh=True)) != first(kernel)
     model_py.write_text(whole, encoding='utf-8')

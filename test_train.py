@@ -1471,7 +1471,7 @@ def bad(begin, **values):
          eval_interval=0, log_interval=-5, eval_iters=0, learning_rate=-1.0, beta1=1.0, seed=-1, mesh_tensor=3,
          mesh_data=2, optimizer='sgd', lr_schedule='none', init_from='gpt5'),  # test_model.py has more about models
     (TRAIN, '--batch_size=10000000', 'batch_size = 10000000: must be from 1 to 1,000,000'),
-    (TRAIN, '--n_head=3', 'n_embd = 16 is not divisible by n_head = 3'),
+    (TRAIN, '--n_head=3', 'n_embd = 16: n_head = 3 must divide it'),
     (TRAIN, '--dataset=none',
      "dataset = 'none' is not prepared: run python data/text/prepare.py YOUR_FILES --name=none"),
     (TRAIN, '--dataset=shakespeare', 'run python data/shakespeare/prepare.py'),

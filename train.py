@@ -38,14 +38,20 @@ gradient_accumulation_steps = 40  # an iteration sees this many times batch_size
 batch_size = 12  # sequences that a device handles at a time
 block_size = 1024
 # model
-arch = 'gpt2'  # the block: 'gpt2', or 'qwen3', which learns more from every token
+arch = 'gpt2'  # the block: 'gpt2'; 'qwen3', which learns more from every token; 'qwen2' or 'llama'
 n_layer = 12
 n_head = 12
 n_embd = 768
 dropout = 0.0  # for pretraining 0 is good, for finetuning try 0.1+
 bias = False  # use biases in LayerNorms and Linears?
-n_inner = 0  # width of the MLP; 0: 4 n_embd in gpt2, about 8/3 n_embd in qwen3
-rope_theta = 10000.0  # qwen3: the base of its rotary positions
+n_inner = 0  # width of the MLP; 0: 4 n_embd in gpt2, about 8/3 n_embd in the others
+n_kv_head = 0  # heads of keys and values, each for a group of n_head / n_kv_head queries; 0: n_head
+head_dim = 0  # channels of a head; 0: n_embd / n_head
+norm_eps = 0.0  # what norms add to the variance; 0: 1e-5 in gpt2, 1e-6 in the others
+tied = True  # the output layer is the token embedding; False: a matrix of its own
+rope_theta = 10000.0  # the base of rotary positions; gpt2 has none
+rope_factor = 1.0  # Llama 3's longer contexts: slow rotary positions turn so many times slower
+rope_context = 8192  # and those are slow that turn less than once in so many tokens
 lora_rank = 0  # with init_from: train only adapters of this rank (LoRA); 0: train everything
 lora_alpha = 16.0  # the adapters are multiplied by lora_alpha / lora_rank
 # optimizer
