@@ -47,11 +47,16 @@ def find_devices(kind=''):
         jax.config.update('jax_platforms', {'gpu': 'cuda'}.get(platform, platform))
     if number and platform in ('gpu', 'cuda'):
         jax.config.update('jax_cuda_visible_devices', number)
+    asked = f'device = {kind!r}' if kind else f'JAX_PLATFORMS = {jax.config.jax_platforms!r} in the environment'
     try:
-        return jax.devices()
-    except (RuntimeError, AssertionError):
-        raise ValueError(f'device = {kind!r}: JAX finds no such device here. README.md says what to '
-                         'install for a GPU or a TPU') from None
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'{asked}: JAX finds no such device here ({one_line(e)}). README.md says what to install for a '
+                         'GPU or a TPU') from None
+    if devices[0].platform == 'cpu' and memory_left() < 0:  # XLA would abort
+        raise ValueError(f'JAX itself takes all of the {memory_limit() / 2**30:.1f} GiB of memory that this process may '
+                         'use')
+    return devices
 
 
 def peak_flops(devices):
@@ -409,6 +414,11 @@ def memory_limit(root='/'):
     return min(limits)
 
 
+def memory_left():
+    """Bytes of memory_limit() that are left for arrays. To compile and to save takes 0.25 GiB of it."""
+    return memory_limit() - psutil.Process().memory_info().rss - 2**28
+
+
 def compile_for(mesh, lowered):
     """Compiles a lowered program for a mesh. Raises MemoryError if it needs more than a device has, or a process on a
     CPU may use."""
@@ -417,13 +427,14 @@ def compile_for(mesh, lowered):
     if on_cpu and 'xla_backend_optimization_level' not in os.environ.get('XLA_FLAGS', ''):
         # less effort makes the same speed on a CPU, in three quarters of the compile time
         effort = {'xla_backend_optimization_level': 1, 'xla_llvm_disable_expensive_passes': True}
-    with memory_errors():
-        program = lowered.compile(compiler_options=effort)
-    needed = sum(memory_use(program).values())
-    if on_cpu:  # simulated devices share the memory
-        limit, needed = memory_limit(), needed * len(mesh.local_devices) + psutil.Process().memory_info().rss
+    if on_cpu:
+        limit = memory_left()
     else:
         limit = (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', math.inf)
+    with memory_errors():
+        program = lowered.compile(compiler_options=effort)
+    # simulated devices share the memory
+    needed = sum(memory_use(program).values()) * (len(mesh.local_devices) if on_cpu else 1)
     if needed > limit:
         raise out_of_memory(f'needs {needed / 2**30:.1f} GiB, a device has {limit / 2**30:.1f}')
     return program

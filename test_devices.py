@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import psutil
 import pytest
@@ -36,6 +37,34 @@ def test_the_memory_of_a_container_is_what_its_cgroups_leave_of_the_machines(tmp
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert devices.memory_limit(tmp_path) == (limit or psutil.virtual_memory().total)
+
+
+def test_ulimit_v_limits_the_memory_of_a_process_too(monkeypatch):
+    memory = psutil.Process().memory_info()
+    monkeypatch.setattr(psutil.Process, 'rlimit', lambda self, which: (memory.vms + 1000,) * 2, raising=False)
+    assert abs(devices.memory_limit() - memory.rss - 1000) < 2**25
+
+
+def test_what_needs_more_memory_than_a_process_may_use_is_refused_and_not_killed(monkeypatch):
+    mesh = devices.make_mesh(jax.devices()[:2])
+    program = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2**28,), 'float32'))
+    devices.compile_for(mesh, program)
+    rss = psutil.Process().memory_info().rss
+    monkeypatch.setattr(devices, 'memory_limit', lambda: rss + 2**31)
+    with pytest.raises(MemoryError, match=r'needs 4.0 GiB, a device has 1.\d'):
+        devices.compile_for(mesh, program)
+    monkeypatch.setattr(devices, 'memory_limit', lambda: rss)
+    with pytest.raises(ValueError, match='JAX itself takes all'):  # before XLA aborts
+        devices.find_devices()
+
+
+def test_where_jax_finds_no_device_its_words_are_passed_on(monkeypatch):
+    def no_devices():
+        raise RuntimeError("Unable to initialize backend 'nonsense'")
+
+    monkeypatch.setattr('jax.devices', no_devices)
+    with pytest.raises(ValueError, match="JAX_PLATFORMS = '.*' in the environment: .*Unable to initialize backend"):
+        devices.find_devices()
 
 
 # -----------------------------------------------------------------------------
