@@ -507,6 +507,37 @@ def test_wandb_logs_without_a_network(repo):
     assert list((repo / 'wandb').glob('offline-run-*'))
 
 
+def test_a_run_in_the_cloud_is_what_it_would_be_on_a_disk(repo, whole):
+    """A folder plays the part of Google's storage: a module stands for gcsfs, and Orbax writes into the folder, too."""
+    (repo / 'cloud').mkdir()
+    (repo / 'cloud/sitecustomize.py').write_text(f"""import sys, types, fsspec
+from fsspec.implementations.local import LocalFileSystem
+from orbax.checkpoint._src.path import gcs_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
+at = lambda path: str(path) if str(path)[0] == '/' else {str(repo)!r} + '/cloud/' + str(path).removeprefix('gs://')
+class Cloud(LocalFileSystem):
+    __init__ = lambda self, **how: LocalFileSystem.__init__(self, auto_mkdir=True)
+    mkdir = lambda self, path, **how: self.makedirs(path, exist_ok=True)
+    glob = lambda self, path, **how: [x.removeprefix(at('gs://')) for x in LocalFileSystem.glob(self, path)]
+    _strip_protocol = staticmethod(at)
+fsspec.register_implementation('gcs', Cloud, clobber=True)
+sys.modules['gcsfs'] = types.SimpleNamespace(GCSFileSystem=Cloud)
+gcs_utils.is_hierarchical_namespace_enabled = lambda path: False
+tensorstore_utils._use_gcs_driver = lambda path: False
+tensorstore_utils._normalize_path = at
+""")
+    (repo / 'cloud/bucket').mkdir()
+    cloud = dict(PYTHONPATH=str(repo / 'cloud'))
+    for max_iters, line in (7, 'Initializing'), (12, 'Resuming'):
+        args = *TINY, '--out_dir=gs://bucket/run', '--init_from=auto', f'--max_iters={max_iters}'
+        assert line in run(repo, 'train.py', *args, **cloud)
+    assert_same_run(repo / 'cloud/bucket/run', whole)
+    assert not (repo / 'gs:').exists()
+    args = '--start=But', '--temperature=0', '--num_samples=1', '--max_new_tokens=30', '--device=cpu'
+    text = run(repo, 'sample.py', '--out_dir=gs://bucket/run', *args, **cloud)
+    assert text == sample(repo, '--out_dir=whole')
+
+
 def test_nothing_that_only_unix_has_is_needed(repo):
     """An interpreter without fcntl, resource, os.sysconf, SIGHUP and SIGPIPE, as on Windows."""
     (repo / 'no-unix').mkdir()
@@ -1485,6 +1516,9 @@ def bad(begin, **values):
     (TRAIN, '--init_from=resume', 'there is nothing to resume'), (TRAIN, '--out_dir=verse.txt/run', 'verse.txt/run'),
     (RESUME, '--out_dir=no-settings', 'there is nothing to resume'),
     ([*RESUME, '--init_from=auto'], '--overwrite=True', 'leave one of them out'),
+    (TRAIN, '--out_dir=s3://bucket/run', 's3://bucket/run: a run is in a folder of this machine'),
+    ([*TRAIN, '--profile=True'], '--out_dir=gs://bucket/run', 'profile = True'),
+    (EXPORT, '--hf_dir=gs://bucket/hf', "hf_dir = 'gs://bucket/hf'"),
     (TRAIN, '--checkpoint=5', "checkpoint = '5': only --init_from=resume"),
     *((begin, '--checkpoint=7', "checkpoint = '7': must be latest, best, or one of 10, 13")
       for begin in (RESUME, SAMPLE)),

@@ -18,7 +18,7 @@ _here = os.path.dirname(os.path.abspath(__file__))
 # -----------------------------------------------------------------------------
 # config: these values train GPT-2 (124M) on OpenWebText
 # I/O
-out_dir = 'out'
+out_dir = 'out'  # or gs://BUCKET/FOLDER, with pip install gcsfs
 eval_interval = 2000
 log_interval = 1
 eval_iters = 200  # batches of each split in an evaluation; the same ones every time
@@ -103,8 +103,8 @@ import numpy as np
 
 import lora
 from checkpoints import NO_BEST, Checkpoints, RunError, find_step, is_finished, save_base
-from dataset import (bytes_per_token, dataset_name, eval_starts, load_batch, micro_batches, open_dataset, padded,
-                     tokenizer, train_starts, vocabulary)
+from dataset import (bytes_per_token, dataset_name, eval_starts, in_cloud, load_batch, micro_batches, open_dataset,
+                     padded, tokenizer, train_starts, vocabulary)
 from devices import (StopSignal, best_dtype, check_alike, check_shared, choose_kernels, compile_for, find_devices,
                      join_processes, keep_compiled, make_mesh, memory_errors, only_process_0_prints, profiled, side_by_side)
 from engine import generate
@@ -118,6 +118,8 @@ from step import (Setup, abstract_state, all_params, batch_sharding, compile_eva
 
 # a resumed run keeps its own settings, except for those that are given now
 with refuse(ValueError, OSError):
+    if profile and in_cloud(out_dir):
+        fail(f'profile = True: a trace cannot be written to {out_dir}: name a folder of this machine as --out_dir')
     auto = init_from == 'auto'  # start or resume; the recipe says how to start
     if auto:
         config['init_from'] = init_from = resume_or(replaced.get('init_from', 'scratch'), out_dir, overwrite)
