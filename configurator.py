@@ -17,8 +17,10 @@
 #   fail(message)           prints one line and exits with code 2
 #   refuse(*errors)         `with refuse(ValueError):` does that with errors that are raised inside
 #   check(key=(low, high))  does that with numbers out of bounds
+#   for_terminal(text)      the text, of which nothing can change a terminal's title, colors or clipboard
 import atexit
 import os
+import re
 import signal
 import sys
 
@@ -31,18 +33,34 @@ def _interrupted(number, frame):
 
 
 def _report(kind, error, traceback):
-    """Shows an error that nobody caught, but ends without a word where nobody reads the output any more, as in
-    `python sample.py | head`."""
+    """Shows an error that nobody caught. Ends without a word where nobody reads the output any more, as in `python
+    sample.py | head`, and with one line where the disk is full, as in `python sample.py > samples.txt`."""
     if isinstance(error, BrokenPipeError):
         os._exit(141)
-    sys.__excepthook__(kind, error, traceback)
+    if not isinstance(error, OSError):
+        return sys.__excepthook__(kind, error, traceback)
+    print(f'{os.path.basename(__file__)}: error: {_escape(str(error))}', file=sys.stderr)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that what is left to print does not fail again
 
 
 def _flush():
     try:
         sys.stdout.flush()
-    except OSError:
-        os._exit(141)
+    except OSError as e:
+        _report(type(e), e, None)
+        os._exit(1)
+
+
+def _escape(text, keep=''):
+    """Text with escapes for control characters, and for those that change the direction of writing."""
+    return re.sub(r'[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]',
+                  lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
+
+
+def for_terminal(text):
+    if sys.stdout.isatty():
+        return _escape(text, keep='\n\t')
+    return text.encode(errors='backslashreplace').decode()  # half of a surrogate pair has no UTF-8
 
 
 # Whether Python was started for this script: `python train.py`, perhaps with options of one word, such as -u. A
@@ -67,18 +85,20 @@ if _is_ours:
 import ast
 import difflib
 import gc
-import re
 import traceback
 import types
 from contextlib import contextmanager
 
 
-def warn(message):
-    print(f'{os.path.basename(__file__)}: warning: {message}', file=sys.stderr)
+def warn(message, kind='warning'):
+    """One line, whatever a file has put into the message."""
+    message = _escape(str(message))
+    message = message if len(message) < 1000 else f'{message[:1000]}...'
+    print(f'{os.path.basename(__file__)}: {kind}: {message}', file=sys.stderr)
 
 
 def fail(message, code=2):
-    print(f'{os.path.basename(__file__)}: error: {message}', file=sys.stderr)
+    warn(message, 'error')
     sys.exit(code)
 
 

@@ -169,7 +169,8 @@ def tokenizer(meta):
 
         def encode(text):
             if unknown := ''.join(sorted(set(text) - set(chars))):
-                raise ValueError(f'the tokenizer does not know {unknown!r}; it knows {chars!r}')
+                known = chars if len(chars) <= 100 else f'{chars[:80]}...'
+                raise ValueError(f'the tokenizer does not know {unknown[:80]!r}; it knows {known!r}')
             return [id_of[c] for c in text]
 
         return encode, lambda ids: ''.join(chars[i] for i in ids), None

@@ -121,9 +121,12 @@ class Log:
         try:
             tqdm.write(text)
             sys.stdout.flush()
-        except OSError:  # as when Ctrl-C also ends the `tee` behind train.py: save and stop
+        except OSError as e:  # save and stop
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.stop.output_closed()
+            if isinstance(e, BrokenPipeError):  # as when Ctrl-C also ends the `tee` behind train.py
+                self.stop.output_closed()
+            else:  # as in `python train.py > log.txt` on a full disk
+                self.stop.because(f'the output cannot be written: {e.strerror}')
 
     def progress(self, text):
         """Adds a text to the progress bar."""

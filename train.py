@@ -326,7 +326,7 @@ def show_sample():
     model = build(model_config, all_params(state))
     ids = generate(model, prompt, sample_tokens, temperature=0.8, top_k=200, key=key, eot=eot,
                    n_vocab=meta['vocab_size'])
-    log.say(f'--- a sample at step {iter_num}\n{decode(ids[0].tolist())}\n---')
+    log.say(f'--- a sample at step {iter_num}\n{for_terminal(decode(ids[0].tolist()))}\n---')
 
 
 # -----------------------------------------------------------------------------
