@@ -419,6 +419,14 @@ def memory_left():
     return memory_limit() - psutil.Process().memory_info().rss - 2**28
 
 
+def free_memory(device):
+    """Bytes that a device has left; infinity where it does not tell."""
+    if device.platform == 'cpu':
+        return min(memory_left(), psutil.virtual_memory().available)
+    stats = device.memory_stats() or {}
+    return stats.get('bytes_limit', math.inf) - stats.get('bytes_in_use', 0)
+
+
 def compile_for(mesh, lowered):
     """Compiles a lowered program for a mesh. Raises MemoryError if it needs more than a device has, or a process on a
     CPU may use."""

@@ -42,8 +42,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import tokenizer
-from devices import choose_kernels, find_devices, keep_compiled
-from engine import stream
+from devices import choose_kernels, find_devices, free_memory, keep_compiled
+from engine import rows_that_fit, stream
 from model import build
 from rundir import open_model, open_run
 
@@ -60,9 +60,17 @@ with refuse(ValueError, OSError):
 if start.startswith('FILE:'):
     try:
         with refuse(OSError), open(start[5:], encoding='utf-8-sig') as f:
-            start = f.read()
+            text = f.read(10**8)
+            if f.read(1):
+                fail(f'{start[5:]} holds more than 100 million characters: the model sees the last '
+                     f'{config.block_size} tokens')
     except UnicodeDecodeError:
         fail(f'{start[5:]}: not UTF-8 text')
+    start = text
+chars = meta['tokenizer'].get('chars', start)  # a tokenizer of characters may have no newline
+if start not in chars and 'start' not in given:
+    start = chars[0]
+    warn(f'the model knows no newline to start from, so start = {start!r}')
 with refuse(ValueError):
     prompt = encode(start)
 if not prompt:
@@ -70,22 +78,32 @@ if not prompt:
 if len(prompt) > config.block_size:
     warn(f'the prompt has {len(prompt)} tokens, of which the model sees the last {config.block_size}')
 
-# run generation: all samples at once, and a single one is printed as it is made
+# run generation: as many samples at a time as fit into the memory, and a single one is printed as it is made
 with refuse(ValueError, OSError):
     model = build(config, read())
-live = num_samples == 1 and sys.stdout.isatty()
-parts, shown = [np.array([prompt] * num_samples)], ''
-with tqdm(total=max_new_tokens, unit='tok', leave=False, disable=True if live else None) as bar:
-    for part in stream(model, parts[0], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                       key=jax.random.key(seed), eot=eot, n_vocab=meta['vocab_size'], chunk=8 if live else 50):
-        parts.append(np.asarray(part))
-        bar.update(part.shape[1])
-        text = decode(np.concatenate(parts, axis=1)[0].tolist()) if live else ''
-        if live and not text.endswith('\ufffd'):  # half a character: the other half is in the next part
-            print(text[len(shown):], end='', flush=True)
-            shown = text
-for ids in np.concatenate(parts, axis=1).tolist():
-    if eot in ids[len(prompt):]:
-        ids = ids[:ids.index(eot, len(prompt))]
-    print(decode(ids)[len(shown):])
-    print('---------------')
+rows = 10
+if config.kernels != 'plain':
+    rows = rows_that_fit(config, len(prompt), max_new_tokens, 0.8 * free_memory(devices[0]))
+rows = min(rows, num_samples)
+live = rows == num_samples == 1 and sys.stdout.isatty()
+idx = np.array([prompt[-config.block_size:]] * rows)
+total = max_new_tokens * -(-num_samples // rows)
+with tqdm(total=total, unit='tok', leave=False, disable=True if live else None) as bar:
+    for first in range(0, num_samples, rows):
+        parts = []
+        shown = ''
+        for part in stream(model, idx[:num_samples - first], max_new_tokens, first=first, temperature=temperature,
+                           top_k=top_k, top_p=top_p, key=jax.random.key(seed), eot=eot, n_vocab=meta['vocab_size'],
+                           chunk=8 if live else 50):
+            parts.append(np.asarray(part))
+            bar.update(part.shape[1])
+            text = decode(prompt + np.concatenate(parts, axis=1)[0].tolist()) if live else ''
+            if live and not text.endswith('\ufffd'):  # half a character: the other half is in the next part
+                print(for_terminal(text[len(shown):]), end='', flush=True)
+                shown = text
+        for ids in np.concatenate(parts, axis=1):
+            ids = ids.tolist()
+            if eot in ids:
+                ids = ids[:ids.index(eot)]
+            tqdm.write(for_terminal(decode(prompt + ids)[len(shown):]))
+            tqdm.write('---------------')

@@ -31,7 +31,7 @@ import step
 from checkpoints import NO_BEST, Checkpoints
 from dataset import GPT2_META, eval_starts, load_batch, micro_batches, token_bytes, tokenizer, train_starts
 from devices import make_mesh, side_by_side
-from engine import generate, stream
+from engine import generate, rows_that_fit, stream
 from model import GPT, GPTConfig, abstract_params, build, dropout, params_of, sample_token
 from optim import get_lr
 from rundir import load_model, open_model
@@ -1010,6 +1010,22 @@ def test_text_depends_on_the_key_and_not_on_how_it_is_chunked():
     whole = generate(writer(), idx, 30, key=KEY)
     assert (whole == generate(writer(), idx, 30, key=KEY, chunk=7)).all()
     assert (whole != generate(writer(), idx, 30, key=jax.random.key(1))).any()
+
+
+def test_the_text_of_a_row_is_the_same_however_many_are_written_at_a_time():
+    idx = np.ones((15, 3), int)
+    text = lambda first, rows: generate(writer(), idx[first:first + rows], 12, key=KEY, top_k=20, first=first)
+    whole = text(0, 15)
+    assert len(np.unique(whole, axis=0)) == 15
+    for rows in 10, 5:
+        assert (jnp.concatenate([text(first, rows) for first in range(0, 15, rows)]) == whole).all()
+
+
+def test_as_many_rows_are_written_at_a_time_as_fit_into_the_memory():
+    gpt2 = GPTConfig(1024, 50304, 12, 12, 768)
+    fit = [rows_that_fit(gpt2, 1, 500, memory) for memory in (0, 4e8, 1e9, 4e9, 6e10, math.inf)]
+    assert fit[0] == 1 and 10 <= fit[3] < 40 and fit[4] > 200 and all(n in (1, 2, 5) or n % 10 == 0 for n in fit)
+    assert fit == sorted(fit) and rows_that_fit(gpt2, 1, 10**9, 4e9) < fit[3]
 
 
 @pytest.mark.quick

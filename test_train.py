@@ -31,7 +31,8 @@ import tokenizers
 
 from checkpoints import Checkpoints, RunError, read_progress, write
 from conftest import run, start
-from dataset import bytes_per_token, eval_starts, gpt2_encoding, open_dataset, token_bytes
+from dataset import bytes_per_token, eval_starts, gpt2_encoding, open_dataset, token_bytes, tokenizer
+from devices import StopSignal
 from log import Log
 from model import GPTConfig
 from rundir import check_out_dir, clear_run, load_model, open_model, open_run
@@ -1439,6 +1440,40 @@ def test_sampling_takes_a_recipes_out_dir_device_dtype_and_seed_and_what_an_eval
         load_config('sample.py', '--batch_size=3')
 
 
+def test_nothing_that_a_file_holds_changes_a_terminal(monkeypatch, capsys):
+    strange = 'ü\x1b]0;title\x07\x9b2J \u202e\r\ud800'
+    for_terminal = load_config('sample.py', name='for_terminal')
+    assert for_terminal(strange) == strange.replace('\ud800', '\\ud800')  # a file or a pipe gets the text as it is
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    assert for_terminal(f'a\n\t{strange}') == 'a\n\tü\\x1b]0;title\\x07\\x9b2J \\u202e\\r\\ud800'
+    with pytest.raises(SystemExit):
+        load_config('sample.py', name='fail')(f'{strange}\n' * 1000)
+    error = capsys.readouterr().err
+    assert error.startswith('sample.py: error: ü\\x1b]0;title') and error[:-1].isprintable() and len(error) < 1100
+
+
+def test_a_full_disk_under_the_output_is_said_and_a_closed_pipe_is_not(tmp_path, monkeypatch, capsys):
+    """As in `python sample.py > samples.txt` and in `python train.py > log.txt`, which also saves."""
+    def fails(error):
+        def print_or_flush(*args):
+            raise error
+        return print_or_flush
+
+    monkeypatch.setattr(os, '_exit', sys.exit)
+    monkeypatch.setattr(os, 'dup2', lambda *args: None)
+    flush = load_config('sample.py', name='_flush')
+    for error, code, line in ((OSError(errno.ENOSPC, 'No space left on device'), 1, 'No space left on device\n'),
+                              (BrokenPipeError(), 141, '')):
+        monkeypatch.setattr(sys, 'stdout', SimpleNamespace(flush=fails(error), fileno=lambda: 1))
+        with pytest.raises(SystemExit) as end:
+            flush()
+        assert end.value.code == code and capsys.readouterr().err.endswith(line)
+        monkeypatch.setattr('tqdm.tqdm.write', fails(error))
+        stop = StopSignal(None)
+        Log(tmp_path, 0, 9, 1, 128, None, 2, stop, writes=False).say('iter 0: loss 0.0000')
+        assert stop.received() and bool(stop.why) == (code == 1)
+
+
 def test_help_lists_every_key_with_its_default_and_comment(capsys):
     for script in ('train.py', 'export.py', 'sample.py'):
         with pytest.raises(SystemExit) as e:
@@ -1533,6 +1568,7 @@ def bad(begin, **values):
     *bad(SAMPLE, top_k=-1, top_p=0.0, temperature=-1.0, num_samples=0, checkpoint='third', init_from='data'),
     (SAMPLE, '--top_p=1.5', 'top_p = 1.5'), (SAMPLE, '--out_dir=nowhere', "out_dir = 'nowhere' holds no run"),
     (SAMPLE, '--start=§', "does not know '§'"), (SAMPLE, '--start=', 'start is empty'),
+    *([(SAMPLE, '--start=FILE:/dev/zero', 'more than 100 million characters')] if os.name == 'posix' else []),
     (SAMPLE, '--start=FILE:none.txt', 'No such file'), (SAMPLE, '--start=FILE:latin1.txt', 'not UTF-8'),
     *bad(EXPORT, dtype='int8', checkpoint='third', out_dir='data'),
     *((begin, '--out_dir=no-checkpoints', 'best.json names checkpoint 10, which is not there')
@@ -1540,6 +1576,18 @@ def bad(begin, **values):
 ])
 def test_a_mistake_is_named_before_anything_is_done(mistaken, refused, begin, arg, message):
     assert message in refused(*begin, arg)
+
+
+def test_a_model_without_newlines_starts_with_another_character_and_its_vocabulary_is_not_printed(repo, whole):
+    shutil.copytree(whole, repo / 'no-newline')
+    run_of = json.loads((repo / 'no-newline/config.json').read_text(encoding='utf-8'))
+    run_of['tokenizer']['chars'] = run_of['tokenizer']['chars'].replace('\n', '§')
+    (repo / 'no-newline/config.json').write_text(json.dumps(run_of))
+    process = start(repo, 'sample.py', '--out_dir=no-newline', '--device=cpu', '--max_new_tokens=5', '--num_samples=12')
+    out, err = process.communicate(timeout=100)
+    assert "start = '§'" in err and out.count('---------------') == 12 and out.startswith('§')
+    with pytest.raises(ValueError, match="does not know 'a'; it knows '.{80}...'$"):
+        tokenizer({'kind': 'char', 'chars': ''.join(map(chr, range(0x4e00, 0x9000)))})[0]('a')
 
 
 def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(repo, whole):
