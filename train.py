@@ -137,8 +137,7 @@ with refuse(ValueError, OSError):
 check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6), keep_interval=(0, 10**12),
       sample_tokens=(0, 10**6), gradient_accumulation_steps=(1, 10**6), batch_size=(1, 10**6),
       learning_rate=(0, 10**3), embd_lr_scale=(0, 10**3), max_iters=(0, 10**12), max_minutes=(0, 10**9),
-      max_skipped=(1, 10**9),
-      weight_decay=(0, 10**3), beta1=(0, 0.999999), beta2=(0, 0.999999), grad_clip=(0, 10**6),
+      max_skipped=(1, 10**9), weight_decay=(0, 10**3), beta1=(0, 0.999999), beta2=(0, 0.999999), grad_clip=(0, 10**6),
       warmup_iters=(0, 10**12), lr_decay_iters=(0, 10**12), min_lr=(0, 10**3), seed=(0, 2**32 - 1),
       mesh_data=(-1, 10**6), mesh_tensor=(1, 10**6), num_processes=(1, 10**6), process_id=(0, num_processes - 1),
       lr_schedule=('cosine', 'linear'), kernels=('', 'plain'))
