@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,6 +20,13 @@ import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
 
 from dataset import as_path, in_cloud, read_json
+
+
+# Orbax logs what it raises, too, and its threads outlive its event loop after a failed read or write
+for name in 'absl', 'asyncio':
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+sys.unraisablehook = lambda e, hook=sys.unraisablehook: (
+    any(text in str(e.exc_value) for text in ('Event loop is closed', 'TensorStore')) or hook(e))
 
 
 class RunError(Exception):
@@ -53,7 +61,24 @@ def remove(path):
 def saved_steps(out_dir):
     """The numbers of iterations after which a run has saved a checkpoint, in order."""
     folder = as_path(out_dir) / 'checkpoints'
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
+    return sorted(n for n in steps if (folder / str(n)).exists())  # Orbax takes a copy_of_5 for a checkpoint, too
+
+
+def reread(out_dir, read):
+    """read(), and again each time that it fails because a run that still trains has gone on to other checkpoints."""
+    def state():
+        best = as_path(out_dir) / 'best.json'
+        return saved_steps(out_dir), list(os.walk(best.parent / 'checkpoints')), best.exists() and best.read_bytes()
+
+    while True:
+        before = state()
+        try:
+            return read()
+        except Exception:
+            time.sleep(0.1)  # to remove a checkpoint takes some time
+            if state() == before or jax.process_count() > 1:  # many processes must all do the same
+                raise
 
 
 def find_step(out_dir, checkpoint):
@@ -107,7 +132,6 @@ class Checkpoints:
     of keep_interval."""
 
     def __init__(self, out_dir, keep_interval=0, read_only=False):
-        logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax logs what it raises, too
         self.out_dir, self.folder = out_dir, as_path(out_dir) / 'checkpoints'
         self.best = self.best_loss = self.written_best = None
         self.kept, self.keep_interval = set(), keep_interval
@@ -173,32 +197,41 @@ class Checkpoints:
     def restore(self, abstract, dataset='', checkpoint='latest'):
         """(state, progress) of a checkpoint, with the shardings of `abstract`; None if there is none yet. A damaged one
         is moved aside, and the one before it is taken; later ones are moved aside, too. On another dataset the best
-        loss starts anew. Raises ValueError if all are damaged, or the best is missing."""
-        steps = sorted(self.manager.all_steps())
+        loss starts anew. Raises ValueError if all are damaged, if the best is missing, or if the code has changed."""
+        read = partial(self.read, abstract, dataset, checkpoint)
+        return reread(self.out_dir, read) if self.read_only else read()
+
+    def read(self, abstract, dataset, checkpoint):
+        steps = saved_steps(self.out_dir)
         self.written_best = read_best(self.out_dir, steps)
         if not steps:
             return None
         first = find_step(self.out_dir, checkpoint)
         later = [n for n in steps if n > first]
         steps = [n for n in steps if n <= first]
-        if jax.process_index() == 0:
-            while steps and (name := damaged_file(self.folder / str(steps[-1]))):
-                n = steps.pop()
-                going_on = f', going on from {steps[-1]}' if steps else ''
-                print(f'warning: checkpoint {n} is damaged ({name}){going_on}')
-                if not self.read_only:
-                    (self.folder / str(n)).rename(self.folder.parent / f'damaged-{n}-{time.time():.0f}')
-            if steps and later and not self.read_only:
-                set_aside(self.folder.parent, steps[-1], later, self.written_best)
+        while steps and jax.process_index() == 0 and (name := damaged_file(self.folder / str(steps[-1]))):
+            n = steps.pop()
+            going_on = f', going on from {steps[-1]}' if steps else ''
+            print(f'warning: checkpoint {n} is damaged ({name}){going_on}')
+            if not self.read_only:
+                (self.folder / str(n)).rename(self.folder.parent / f'damaged-{n}-{time.time():.0f}')
         latest = int(broadcast_one_to_all(np.int32(steps[-1] if steps else -1)))
         self.manager.reload()
         if latest < 0:
             raise ValueError(f'no checkpoint in {self.folder} can be read')
-        self.written_best = None if self.written_best in later else self.written_best
+        progress = read_progress(self.folder / str(latest), dataset)
         rest = {k: v for k, v in abstract.items() if k not in ('params', 'base')}
+        for name, item in ('params', abstract['params']), ('rest', rest):
+            check_arrays(self.folder / str(latest) / name, item)
+        base = load_base(self.folder.parent, abstract['base'])
         found = self.manager.restore(latest, args=ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract['params']), rest=ocp.args.StandardRestore(rest)))
-        progress = read_progress(self.folder / str(latest), dataset)
+        if later and not self.read_only:
+            if jax.process_index() == 0:
+                set_aside(self.folder.parent, steps[-1], later, self.written_best)
+            sync_global_devices('set aside')
+            self.manager.reload()
+        self.written_best = None if self.written_best in later else self.written_best
         if dataset and progress['best_dataset'] != dataset:
             print(f"warning: the best validation loss was on dataset = {progress['best_dataset']!r}; it starts anew")
             progress |= NO_BEST | {'best_dataset': dataset}
@@ -206,16 +239,12 @@ class Checkpoints:
             progress |= NO_BEST
         self.best, self.best_loss = progress['best_iter'], progress['best_val_loss']
         self.kept = set(progress['kept'])
-        base = load_base(self.folder.parent, abstract['base'])
         return {'params': found['params'], 'base': base, **found['rest']}, progress
 
     @contextlib.contextmanager
     def disk_errors(self):
         """Turns errors of the disk, which come in many types, into a RunError that says what to do. A RunError waits
         for the save that is under way."""
-        hook = sys.unraisablehook
-        # Orbax's threads outlive its event loop after a failed write; silence what they print
-        sys.unraisablehook = lambda e: 'Event loop is closed' in str(e.exc_value) or hook(e)
         try:
             yield
         except Exception as e:
@@ -317,14 +346,34 @@ def seal(checkpoints):
 
 
 def damaged_file(checkpoint):
-    """The name of a file that has changed since the checkpoint was sealed, or None."""
+    """The name of a file that has changed since the checkpoint was sealed, or None. Raises FileNotFoundError where a
+    run that still trains removes the checkpoint meanwhile."""
     if in_cloud(checkpoint):
         return None
     try:
         sealed, found = read_json(checkpoint / 'sha256.json'), file_sums(checkpoint)
+        name = next((name for name in sealed if found.get(name) != sealed[name]), None) if sealed else 'sha256.json'
     except (ValueError, OSError):
-        return 'sha256.json'
-    return next((name for name in sealed if found.get(name) != sealed[name]), None) if sealed else 'sha256.json'
+        name = 'sha256.json'
+    if name and not checkpoint.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(checkpoint))
+    return name
+
+
+def check_arrays(item, abstract):
+    """Raises ValueError where an item of a checkpoint has not the names and shapes of the arrays in `abstract`, as when
+    model.py was edited since."""
+    shapes = [{jax.tree_util.keystr(path, simple=True, separator='.'): x.shape
+               for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+              for tree in (ocp.PyTreeCheckpointer().metadata(item).item_metadata.tree, abstract)]
+    saved, wanted = shapes
+    unlike = [f'{name} is {saved[name]} there and {wanted[name]} in the code'
+              for name in sorted(saved.keys() & wanted.keys()) if saved[name] != wanted[name]]
+    unlike += [f'{name} is only there' for name in sorted(saved.keys() - wanted.keys())]
+    unlike += [f'{name} is only in the code' for name in sorted(wanted.keys() - saved.keys())]
+    if unlike:
+        more = f', and {len(unlike) - 4} more' if len(unlike) > 4 else ''
+        raise ValueError(f'{item} was saved by other code: {", ".join(unlike[:4])}{more}')
 
 
 def save_base(out_dir, base):
@@ -347,4 +396,5 @@ def load_base(out_dir, abstract):
     folder = as_path(out_dir) / 'base'
     if name := damaged_file(folder):
         raise ValueError(f'{folder} is damaged ({name}), and the adapters are of no use without it')
+    check_arrays(folder / 'params', abstract)
     return ocp.StandardCheckpointer().restore(folder / 'params', abstract)

@@ -31,7 +31,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 import hf
 import lora
-from checkpoints import damaged_file, find_step, load_base, remove, saved_steps, write
+from checkpoints import check_arrays, damaged_file, find_step, load_base, remove, reread, saved_steps, write
 from dataset import GPT2_META, as_path, gpt2_vocabulary, hf_meta, in_cloud, read_json, read_meta
 from devices import choose_kernels
 from model import GPTConfig, abstract_params, build
@@ -146,10 +146,14 @@ def read_run(out_dir):
     if isinstance(args, dict):
         args.pop('flash', None)  # version 2 saved it, though the machine decides it
     types = {field.name: field.type for field in fields(GPTConfig)}
-    if not isinstance(args, dict) or any(type(value) is not types.get(key) for key, value in args.items()):
-        raise ValueError(f'{path} is damaged: its model_args are not those of a model')
-    if not isinstance(saved.get('config'), dict):
+    if not isinstance(args, dict) or not isinstance(saved.get('config'), dict):
         raise ValueError(f'{path} is damaged: it lacks the settings of the run')
+    for key, value in args.items():
+        if key not in types:
+            raise ValueError(f'{path} has {key} = {value!r}, which GPTConfig in model.py does not know: the run was '
+                             'made with another model.py')
+        if type(value) is not types[key]:
+            raise ValueError(f'{path} is damaged: {key} = {value!r}')
     try:
         GPTConfig(**args)
     except (TypeError, ValueError) as e:
@@ -260,16 +264,27 @@ def open_run(out_dir, checkpoint='best'):
     saved = read_run(out_dir)
     config = GPTConfig(**saved['model_args'])
     out_dir = as_path(out_dir)
-    folder = out_dir / f'checkpoints/{find_step(out_dir, str(checkpoint))}'
-    if name := damaged_file(folder):
-        steps = ', '.join(map(str, saved_steps(out_dir)))
-        raise ValueError(f'{folder} is damaged ({name}); there are the checkpoints {steps}: --checkpoint=N takes one')
+
+    def find():
+        folder = out_dir / f'checkpoints/{find_step(out_dir, str(checkpoint))}'
+        if name := damaged_file(folder):
+            steps = ', '.join(map(str, saved_steps(out_dir)))
+            raise ValueError(f'{folder} is damaged ({name}); there are the checkpoints {steps}: --checkpoint=N takes '
+                             'one')
+        return folder
+
+    found = reread(out_dir, find)
 
     def read(block_size=None, place=on_one_device):
         abstract = place(abstract_params(config))
         trained, frozen = lora.split(abstract, config)
-        params = ocp.StandardCheckpointer().restore(folder / 'params', trained)
-        params = lora.join(params, load_base(out_dir, frozen))
+
+        def read_params():
+            folder = found if found.exists() else find()  # a run that still trains may have removed it
+            check_arrays(folder / 'params', trained)
+            return ocp.StandardCheckpointer().restore(folder / 'params', trained)
+
+        params = lora.join(reread(out_dir, read_params), load_base(out_dir, frozen))
         if not config.lora_rank and block_size in (None, config.block_size):
             return params
 

@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from checkpoints import Checkpoints, RunError, read_progress, write
+from checkpoints import Checkpoints, RunError, check_arrays, damaged_file, find_step, read_progress, reread, write
 from conftest import run, start
 from dataset import bytes_per_token, eval_starts, gpt2_encoding, open_dataset, token_bytes, tokenizer
 from devices import StopSignal
@@ -1239,9 +1239,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(repo):
 
 
 @pytest.fixture
-def small_run(tmp_path, monkeypatch):
+def small_run(tmp_path):
     """The Checkpoints of a run whose state is one array, with one checkpoint."""
-    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)  # which disk_errors() replaces
     (tmp_path / 'run').mkdir()
     checkpoints = Checkpoints(str(tmp_path / 'run'))
     save_small(checkpoints, 5)
@@ -1285,6 +1284,36 @@ def test_a_checkpoints_progress_is_taken_only_with_values_of_its_types(small_run
     path.write_text(json.dumps(progress | change))
     with pytest.raises(ValueError, match=f'is damaged: {next(iter(change))} = '):
         read_progress(path.parent.parent)
+
+
+def test_what_was_edited_in_the_model_since_a_run_is_named(small_run, whole, tmp_path):
+    import jax
+    item, wanted = small_run.folder / '5/params', {'x': jax.ShapeDtypeStruct((3,), np.float32)}
+    check_arrays(item, wanted)
+    with pytest.raises(ValueError, match=r'x is \(3,\) there and \(4,\) in the code'):
+        check_arrays(item, {'x': jax.ShapeDtypeStruct((4,), np.float32)})
+    with pytest.raises(ValueError, match='x is only there, y is only in the code'):
+        check_arrays(item, {'y': wanted['x']})
+    saved = json.loads((whole / 'config.json').read_text(encoding='utf-8'))
+    saved['model_args']['window'] = 16
+    (tmp_path / 'config.json').write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match='has window = 16, which GPTConfig in model.py does not know'):
+        open_run(tmp_path)
+
+
+def test_a_run_that_goes_on_to_other_checkpoints_while_it_is_read_is_read_again(small_run):
+    tries = []
+
+    def read():  # like a reader that comes just before the run removes checkpoint 5
+        tries.append(find_step(small_run.out_dir, 'latest'))
+        if len(tries) == 1:
+            save_small(small_run, 6)
+            shutil.rmtree(small_run.folder / '5')
+        return damaged_file(small_run.folder / str(tries[-1]))
+
+    assert reread(small_run.out_dir, read) is None and tries == [5, 6]
+    with pytest.raises(ZeroDivisionError):
+        reread(small_run.out_dir, lambda: 1 / 0)
 
 
 def test_a_second_process_is_refused_or_waits_for_the_end_of_the_first_and_goes_on(repo):
