@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 from importlib.metadata import distribution
@@ -44,6 +45,7 @@ def reach_bucket(name):
     """Raises ValueError if the bucket cannot be listed. Without asking, exists() would say that nothing is there."""
     try:
         import gcsfs  # it is what epath uses
+        logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs what it raises, too
         gcsfs.GCSFileSystem().ls(name)
     except Exception as e:
         advice = 'pip install gcsfs' if isinstance(e, ImportError) else 'gcloud auth application-default login'
