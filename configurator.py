@@ -24,6 +24,10 @@ import re
 import signal
 import sys
 
+_folder = os.path.dirname(os.path.abspath(__file__))  # of the script
+if _folder not in sys.path:  # as with PYTHONSAFEPATH=1, `python -P` and `python -I`
+    sys.path.insert(0, _folder)
+
 
 def _interrupted(number, frame):
     """Ends the script at Ctrl-C, as long as there is nothing to save. Python's own exception can get lost in the middle
@@ -120,9 +124,6 @@ def check(**bounds):
             fail(f'{key} = {value!r}: must be {" or ".join(map(repr, allowed))}')
         if not isinstance(value, str) and not allowed[0] <= value <= allowed[1]:
             fail(f'{key} = {value}: must be from {allowed[0]:,} to {allowed[1]:,}')
-
-
-_folder = os.path.dirname(os.path.abspath(__file__))  # of the script
 
 
 def _head_of(script):

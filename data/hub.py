@@ -1,6 +1,7 @@
 """
 Turns a dataset of the Hugging Face Hub, or parquet files of your own, into train.bin and val.bin: each document in
-GPT-2's byte pair encoding, followed by <|endoftext|>. openwebtext/prepare.py and tinystories/prepare.py call `prepare`.
+GPT-2's byte pair encoding, followed by <|endoftext|>. Where a document spells that itself, it stays text.
+openwebtext/prepare.py and tinystories/prepare.py call `prepare`.
 """
 import logging
 import multiprocessing

@@ -10,8 +10,9 @@ Then train with
     python train.py config/train_shakespeare_char.py --dataset=text --out_dir=out-text
 
 Writes train.bin and val.bin (ids in two bytes, or in four if there are more than 65,536; val is the last tenth of the
-text) and meta.json. The end-of-text token follows each file. With char, the files are joined without a separator. The
-script reads a megabyte at a time, so its memory use does not grow with your files.
+text) and meta.json. The end-of-text token follows each file; where a file spells it, as in <|endoftext|>, that stays
+text, though it is the token in sample.py's --start. With char, the files are joined without a separator. The script
+reads a megabyte at a time, so its memory use does not grow with your files.
 """
 import re
 import shutil
