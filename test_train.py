@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -401,6 +402,44 @@ for i in range(2):
     out = run(repo, 'notebook.py')
     (repo / 'model.py').write_bytes(source)
     assert out.count('edited\n') == 1 and out.count('best validation') == 0 and out.count('iter 2:') == 2
+
+
+@unix
+def test_the_notebook_runs_from_top_to_bottom(repo, tmp_path, monkeypatch):
+    """It trains and finetunes a tiny model. Its commands are forks like those of the other tests: the `python` that it
+    finds hands them over to this process."""
+    import nbclient
+    import nbformat
+    notebook = nbformat.read(HERE / 'notebook.ipynb', 4)
+    assert not any(cell.get('outputs') for cell in notebook.cells)
+    tiny = [arg for arg in TINY if not arg.startswith('--n_')]
+    parameters = dict(REPOSITORY='', DATASET='tiny', OPTIONS=' '.join(TINY), BASE='out-notebook', TEXT='tiny',
+                      DEVICES=' '.join([*tiny, '--max_iters=6']))
+    assert set(re.findall(r'\b[A-Z]+\b(?=.* = )', notebook.cells[1].source)) == parameters.keys()
+    notebook.cells[1].source = f'globals().update({parameters})'
+    (repo / 'config/train_tiny.py').touch()
+    (repo / 'data/tiny/prepare.py').touch()
+    (repo / 'requirements.txt').write_text('jax>=1\nflax>=2\n')
+    for name, script in ('pip', 'cat others.tmp; echo "$@"'), ('python', f'cd {tmp_path}; echo "$@" > asked; cat answer'):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{script}\n')
+        (tmp_path / name).chmod(0o755)
+    for name in ('asked', 'answer'):
+        os.mkfifo(tmp_path / name)
+
+    def answer():
+        while args := (tmp_path / 'asked').read_text().split():
+            (tmp_path / 'answer').write_text(''.join(start(repo, *args).communicate(timeout=100)))
+
+    threading.Thread(target=answer, daemon=True).start()
+    monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
+    monkeypatch.setenv('IPYTHONDIR', str(tmp_path))
+    nbclient.NotebookClient(notebook, timeout=300, resources={'metadata': {'path': str(repo)}}).execute()
+    (tmp_path / 'asked').write_text('')
+    install, _, train, picture, sample, tune = [cell.outputs for cell in notebook.cells if cell.cell_type == 'code'][2:]
+    assert re.fullmatch(r'flax>=2\s+install -q -r others.tmp jax==\S+ jaxlib==\S+\s+', install[0].text)
+    assert 'best validation loss' in train[0].text
+    assert 'image/png' in picture[0].data and sample[0].text.count('---------------') == 2
+    assert 'Initializing from out-notebook' in tune[0].text and 'a sample at step 5' in tune[0].text
 
 
 @unix
