@@ -15,6 +15,7 @@ When many processes train together, all of them write the checkpoints. Process 0
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shlex
@@ -44,13 +45,22 @@ def lock_out_dir(out_dir, wait=0):
     if jax.process_index() > 0 or in_cloud(out_dir):  # there is no lock that would end with a process of any machine
         return contextlib.nullcontext()
     os.makedirs(out_dir, exist_ok=True)
-    lock = filelock.FileLock(os.path.abspath(Path(out_dir, 'lock')), is_singleton=True)
+    lock, advice = filelock.FileLock(os.path.abspath(Path(out_dir, 'lock')), is_singleton=True), ''
     for seconds in (0, wait):
         with contextlib.suppress(filelock.Timeout):
+            try:
+                return lock.acquire(timeout=seconds)
+            except OSError as e:
+                if e.errno not in (errno.EOPNOTSUPP, errno.ENOLCK):
+                    raise
+            # Some file systems of clusters have no locks. There a file that names the process has to do: a process of
+            # this machine sees whether that one is alive, but one of another machine cannot know, and asks the user.
+            lock = filelock.SoftFileLock(f'{lock.lock_file}.pid', is_singleton=True)
+            advice = f'. If there is none any more, on any machine, delete {lock.lock_file}'
             return lock.acquire(timeout=seconds)
         if seconds < wait:
             print(f'{out_dir} is in use by another training process: waiting up to {wait} s for its end', flush=True)
-    raise ValueError(f'out_dir = {out_dir!r} is in use by another training process')
+    raise ValueError(f'out_dir = {out_dir!r} is in use by another training process{advice}')
 
 
 def clear_run(out_dir):
@@ -86,7 +96,7 @@ SHAPE = ('arch', 'n_layer', 'n_head', 'n_embd', 'n_inner', 'n_kv_head', 'head_di
 def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):
     """Raises ValueError where a new run would replace or start from the one in out_dir, or would write over files that
     may not be a run's; ValueError or OSError where out_dir can be no folder of this user's."""
-    if not out_dir or '\0' in out_dir or out_dir != out_dir.encode(errors='ignore').decode():
+    if out_dir[:1] in ('', '~') or '\0' in out_dir or out_dir != out_dir.encode(errors='ignore').decode():
         raise ValueError(f'out_dir = {out_dir!r}: it takes the path of a folder')
     folder = as_path(out_dir)
     there = Path('/') if in_cloud(out_dir) else next(x for x in (folder, *folder.parents) if os.path.lexists(x))
@@ -135,6 +145,11 @@ def check_not_nanogpts(path):
                          f'{checkpoint}')
 
 
+def is_finite(value):
+    """Whether this is no NaN and no infinity, which JSON in Python may hold."""
+    return type(value) is not float or math.isfinite(value)
+
+
 def read_run(out_dir):
     """The config.json of a run. Raises ValueError if there is none, or if it is damaged."""
     path = as_path(out_dir) / 'config.json'
@@ -152,12 +167,14 @@ def read_run(out_dir):
         if key not in types:
             raise ValueError(f'{path} has {key} = {value!r}, which GPTConfig in model.py does not know: the run was '
                              'made with another model.py')
-        if type(value) is not types[key]:
+        if type(value) is not types[key] or not is_finite(value):
             raise ValueError(f'{path} is damaged: {key} = {value!r}')
     try:
-        GPTConfig(**args)
+        vocab_size = GPTConfig(**args).vocab_size
     except (TypeError, ValueError) as e:
         raise ValueError(f'{path} is damaged: {e}') from None
+    if vocab_size < saved['vocab_size']:
+        raise ValueError(f'{path} is damaged: its model has fewer tokens than its tokenizer')
     return saved
 
 
@@ -169,7 +186,7 @@ def resume_config(out_dir, config, given, typed):
     if saved['config'].get('init_from', 'scratch') != 'scratch':  # a recipe gives way to the weights, as at the start
         given = given - set(SHAPE) | typed
     for key, value in saved['config'].items():
-        if key in config and type(value) is not type(config[key]):
+        if key in config and (type(value) is not type(config[key]) or not is_finite(value)):
             raise ValueError(f"{os.path.join(out_dir, 'config.json')} is damaged: {key} = {value!r}")
     kept = config.keys() - given - OF_THE_MACHINE
     config = config | {key: value for key, value in saved['config'].items() if key in kept}
@@ -179,7 +196,7 @@ def resume_config(out_dir, config, given, typed):
         if config[key] != fixed[key]:
             raise ValueError(f'{key} = {config[key]}: the run in {out_dir} has {key} = {fixed[key]}, which cannot '
                              'change')
-    return config, saved
+    return config | {key: fixed[key] for key in config.keys() & fixed.keys() - MAY_CHANGE}, saved
 
 
 def adopt_shape(config, shape, typed, source):

@@ -36,7 +36,7 @@ from dataset import bytes_per_token, eval_starts, gpt2_encoding, open_dataset, t
 from devices import StopSignal
 from log import Log
 from model import GPTConfig
-from rundir import check_out_dir, clear_run, load_model, open_model, open_run
+from rundir import check_out_dir, clear_run, load_model, lock_out_dir, open_model, open_run, resume_config
 from test_model import bpe_files, numpy_gpt, numpy_qwen3
 
 HERE = Path(__file__).resolve().parent
@@ -1325,6 +1325,37 @@ def test_a_checkpoints_progress_is_taken_only_with_values_of_its_types(small_run
         read_progress(path.parent.parent)
 
 
+def test_a_file_system_without_locks_has_a_file_that_names_the_process(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip('fcntl')
+
+    def no_locks(*args):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    monkeypatch.setattr(fcntl, 'flock', no_locks)
+    with lock_out_dir(tmp_path):
+        mine = (tmp_path / 'lock.pid').read_text()
+        assert str(os.getpid()) in mine
+    assert not (tmp_path / 'lock.pid').exists()
+    (tmp_path / 'lock.pid').write_text(mine.replace(socket.gethostname(), 'elsewhere'))  # alive or not, who knows
+    with pytest.raises(ValueError, match=r'in use by another training process. If there is none.*delete .*lock\.pid'):
+        lock_out_dir(tmp_path)
+
+
+@pytest.mark.parametrize('part, key, value', [
+    ('config', 'learning_rate', math.nan), ('config', 'max_iters', '7'), ('config', 'init_from', ['x']),
+    ('model_args', 'rope_theta', math.inf), ('model_args', 'n_head', 3), ('model_args', 'vocab_size', 5)])
+def test_a_runs_settings_are_taken_only_with_values_of_their_types(whole, tmp_path, part, key, value):
+    saved, config = json.loads((whole / 'config.json').read_text(encoding='utf-8')), load_config('train.py')
+    saved['config'] |= {'out_dir': '/', 'coordinator': 'evil:1', 'overwrite': True, 'n_layer': 77, 'print': 'x'}
+    (tmp_path / 'config.json').write_text(json.dumps(saved))
+    new = resume_config(tmp_path, config, set(), set())[0]
+    kept = ('out_dir', 'coordinator', 'overwrite')
+    assert new.keys() == config.keys() and all(new[k] == config[k] for k in kept) and new['n_layer'] == 1
+    saved[part][key] = value
+    (tmp_path / 'config.json').write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match='config.json is damaged: '):
+        resume_config(tmp_path, config, set(), set())
+
+
 def test_what_was_edited_in_the_model_since_a_run_is_named(small_run, whole, tmp_path):
     import jax
     item, wanted = small_run.folder / '5/params', {'x': jax.ShapeDtypeStruct((3,), np.float32)}
@@ -1440,9 +1471,9 @@ def test_files_go_left_to_right_and_options_win(tmp_path):
                                    'max_iters = lr_decay_iters // _half\n')
     (tmp_path / 'b.py').write_text('batch_size = 4\nblock_size = batch_size * 2\n')
     config = load_config('train.py', '--dropout=0', tmp_path / 'a.py', '--batch_size=5', tmp_path / 'b.py',
-                         '--out_dir=x=1', '--dataset=7')
-    wanted = dict(batch_size=5, block_size=8, max_iters=300000, out_dir='x=1', dataset='7', learning_rate=1.0,
-                  dropout=0.0)
+                         '--out_dir=~/x=1', '--dataset=7')
+    wanted = dict(batch_size=5, block_size=8, max_iters=300000, out_dir=os.path.expanduser('~/x=1'), dataset='7',
+                  learning_rate=1.0, dropout=0.0)
     assert {key: (config[key], type(config[key])) for key in wanted} == {k: (v, type(v)) for k, v in wanted.items()}
     (tmp_path / 'default.py').write_text('n_layer = 12\n')  # is given, too
     assert load_config('train.py', tmp_path / 'default.py', '--seed=1337', name='given') == {'n_layer', 'seed'}
