@@ -34,10 +34,20 @@ PEAK_FLOPS = {'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e1
               'TPU v6 lite': 918e12, 'TPU7x': 1153.5e12}
 
 
+# JAX reads its settings from the environment, too, and these must be as they are
+RELIED_ON = {'jax_enable_x64': False, 'jax_numpy_rank_promotion': 'allow', 'jax_numpy_dtype_promotion': 'standard',
+             'jax_transfer_guard': None}
+
+
 def find_devices(kind=''):
     """All devices of a kind, 'cpu', 'gpu' or 'tpu'; of the best kind that JAX finds for ''; the only
     GPU with this number for 'gpu:1'. 'cuda' is another name of 'gpu', as in PyTorch. Only
     join_processes() may run before. Raises ValueError if there are none."""
+    for name, value in RELIED_ON.items():
+        here = getattr(jax.config, name)
+        if getattr(here, 'value', here) != value:
+            print(f'warning: {name.upper()} in the environment is ignored', file=sys.stderr)
+            jax.config.update(name, value)
     platform, _, number = kind.partition(':')
     platform = platform if number.isdecimal() else kind
     if platform == 'mps':  # PyTorch's name of a Mac's GPU
@@ -375,6 +385,17 @@ def keep_compiled():
     folder = os.path.join(cache, 'nanogpt-jax', platform.node())
     jax.config.update('jax_compilation_cache_dir', folder)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+    warnings.showwarning = show_warning
+
+
+def show_warning(message, *more, _show=warnings.showwarning, **how):
+    """Shows a warning. But where JAX says that a program it kept cannot be read, it compiles, and would warn at each
+    start: so the program is forgotten, without a word."""
+    damaged = re.match(r"Error reading persistent compilation cache entry for '(.+?)'", str(message))
+    if not damaged:
+        return _show(message, *more, **how)
+    for path in Path(jax.config.jax_compilation_cache_dir).glob(f'{damaged[1]}-*'):
+        path.unlink(missing_ok=True)
 
 
 def side_by_side(*functions):
@@ -466,12 +487,15 @@ def memory_errors():
 
 
 @contextlib.contextmanager
-def profiled(n, folder):
-    """Around step n of a run: writes a trace of the steps 10 to 14 to the folder, if there is
-    one."""
-    if folder and n == 10:
+def profiled(n, n_steps, folder):
+    """Around step n of the n_steps of a run: writes a trace of five steps to the folder, if there is one, of the steps
+    10 to 14 or the last ones of a shorter run."""
+    first = max(min(10, n_steps - 7), 0)
+    if folder and n == first:
         jax.profiler.start_trace(folder)
-    if folder and n == 16:  # by now step 14 has been waited for
+    if folder and n == first + 6:  # by now the step before last has been waited for
         jax.profiler.stop_trace()
     with jax.profiler.StepTraceAnnotation('train', step_num=n):
         yield
+    if folder and n == n_steps - 1 < first + 6:
+        jax.profiler.stop_trace()

@@ -67,6 +67,52 @@ def test_where_jax_finds_no_device_its_words_are_passed_on(monkeypatch):
         devices.find_devices()
 
 
+def test_settings_of_jax_in_the_environment_that_would_break_a_script_are_ignored_with_a_warning(capsys):
+    jax.config.update('jax_enable_x64', True)
+    jax.config.update('jax_numpy_dtype_promotion', 'strict')
+    devices.find_devices()
+    assert jax.numpy.ones(1).dtype == 'float32' and jax.numpy.ones(1, 'bfloat16') + jax.numpy.ones(1) == 2
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ['JAX_ENABLE_X64',
+                                                                                 'JAX_NUMPY_DTYPE_PROMOTION']
+
+
+def test_a_damaged_program_in_the_cache_is_replaced_without_a_word(monkeypatch, tmp_path, recwarn):
+    from jax.experimental.compilation_cache import compilation_cache
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+
+    def compile():
+        jax.clear_caches()
+        jax.jit(lambda x: x + 1).lower(1.0).compile()
+        return {path: path.stat().st_size for path in tmp_path.rglob('*-cache')}
+
+    try:
+        compilation_cache.reset_cache()
+        devices.keep_compiled()
+        monkeypatch.setattr('warnings.showwarning', devices.show_warning)
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+        whole = compile()
+        for path in whole:
+            path.write_bytes(path.read_bytes()[:100])
+        compile()
+        assert len(whole) == 1 and min(compile().values()) > 100 and not recwarn.list
+    finally:
+        jax.config.update('jax_compilation_cache_dir', before[0])
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', before[1])
+        compilation_cache.reset_cache()
+
+
+def test_a_short_run_is_profiled_too(monkeypatch):
+    for n_steps, first, last in (30, 10, 15), (13, 6, 11), (3, 0, 2):
+        traced, on = [], []
+        monkeypatch.setattr('jax.profiler.start_trace', on.append)
+        monkeypatch.setattr('jax.profiler.stop_trace', on.clear)
+        for n in range(n_steps):
+            with devices.profiled(n, n_steps, 'profile'):
+                traced += [n] if on else []
+        assert traced == [*range(first, last + 1)] and not on
+
+
 # -----------------------------------------------------------------------------
 # many processes
 

@@ -370,7 +370,7 @@ with (refuse(RunError, MemoryError, code=1), lock, stop, memory_errors(), checkp
         tokens = get_batch('train', starts)
         if tokens is None:
             break
-        with profiled(iter_num - first_iter, os.path.join(out_dir, 'profile') if profile else None):
+        with profiled(iter_num - first_iter, max_iters + 1 - first_iter, profile and os.path.join(out_dir, 'profile')):
             state, metrics = step(state, tokens, lr, key)
         log.iteration(iter_num, lr, metrics)
         checkpoints.note_best()
