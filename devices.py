@@ -183,7 +183,7 @@ def find_others(coordinator, num_processes, process_id):
 
 def one_line(error):
     """The type of an error and the first line of its text."""
-    return f'{type(error).__name__}: {error}'.splitlines()[0]
+    return f'{type(error).__name__}: {error}'.splitlines()[0].rstrip(': ')
 
 
 def join_processes(coordinator='', num_processes=1, process_id=0, patience=300):
