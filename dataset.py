@@ -195,9 +195,11 @@ def token_bytes(meta):
         hf = hf_tokenizer(meta['file'])
         vocab, added = hf.get_vocab(with_added_tokens=False), hf.get_added_tokens_decoder()
         apart = {id: 0 if token.special else len(token.content.encode()) for id, token in added.items()}
-    else:
+    elif meta == GPT2_META['tokenizer']:
         vocab, apart = gpt2_vocabulary()[0], {50256: 0}
-    if meta.get('name', 'gpt2') != 'gpt2' or not set(''.join(vocab)) <= set(byte_characters().values()):
+    else:
+        vocab, apart = {}, {}
+    if not vocab or not set(''.join(vocab)) <= set(byte_characters().values()):
         raise ValueError('the tokens of this tokenizer are not known as bytes')
     lengths = np.zeros(max([*vocab.values(), *apart]) + 1, int)
     for token, id in vocab.items():

@@ -404,6 +404,37 @@ for i in range(2):
     assert out.count('edited\n') == 1 and out.count('best validation') == 0 and out.count('iter 2:') == 2
 
 
+def test_the_lines_that_the_readme_tells_people_to_write_work(repo):
+    """A soft cap, an architecture, an optimizer and a tokenizer, all in one run."""
+    block = (HERE / 'README.md').read_text(encoding='utf-8').partition('## hacking')[2].split('```')[1]
+    cap, arch, lion, fits, kind = [line[2:] for line in block.splitlines() if line.startswith('      ')]
+    before = {name: (repo / name).read_bytes() for name in ('model.py', 'optim.py', 'dataset.py')}
+
+    def write_in(name, line, after):
+        text = (repo / name).read_text(encoding='utf-8')
+        assert text.count(after) == 1, after
+        (repo / name).write_text(text.replace(after, f'{after}\n{line}\n'), encoding='utf-8')
+
+    write_in('model.py', cap, 'preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])')
+    write_in('model.py', arch, 'ARCHS = {')
+    write_in('optim.py', lion, 'OPTIMIZERS = {')
+    write_in('dataset.py', fits, 'fits = {')
+    write_in('dataset.py', kind, 'Raises ValueError if its vocabulary cannot be had. encode raises it for unknown '
+             'characters."""')
+    folder = repo / 'data/as-bytes'
+    folder.mkdir()
+    (folder / 'meta.json').write_text('{"vocab_size": 256, "tokenizer": {"kind": "bytes"}}')
+    for split in ('train', 'val'):
+        np.frombuffer(ROMEO.encode() * 40, np.uint8).astype('<u2').tofile(folder / f'{split}.bin')
+    out = run(repo, 'train.py', *TINY, '--dataset=as-bytes', '--arch=mine', '--optimizer=lion', '--kernels=',
+              '--out_dir=hacked')
+    text = sample(repo, '--out_dir=hacked')
+    for name, content in before.items():
+        (repo / name).write_bytes(content)
+    assert 'edited in model.py' in out and 'warning: bits per byte: ValueError: the tokens' in out
+    assert losses_in(out, 'val')[-1] < losses_in(out, 'val')[0] - 1 and text.startswith('But')
+
+
 @unix
 def test_the_notebook_runs_from_top_to_bottom(repo, tmp_path, monkeypatch):
     """It trains and finetunes a tiny model. Its commands are forks like those of the other tests: the `python` that it
