@@ -61,11 +61,11 @@ def find_devices(kind=''):
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'{asked}: JAX finds no such device here ({one_line(e)}). README.md says what to install for a '
-                         'GPU or a TPU') from None
+        raise ValueError(f'{asked}: JAX finds no such device here ({one_line(e)}). README.md says what to install for '
+                         'a GPU or a TPU') from None
     if devices[0].platform == 'cpu' and memory_left() < 0:  # XLA would abort
-        raise ValueError(f'JAX itself takes all of the {memory_limit() / 2**30:.1f} GiB of memory that this process may '
-                         'use')
+        raise ValueError(f'JAX itself takes all of the {memory_limit() / 2**30:.1f} GiB of memory that this process '
+                         'may use')
     return devices
 
 
@@ -164,8 +164,8 @@ def find_others(coordinator, num_processes, process_id):
             _, num_processes, process_id, gpus = detect(*given)
     except Exception as e:
         if not coordinator:
-            print(f'warning: this process trains alone, because JAX does not understand the cluster here: {one_line(e)}',
-                  file=sys.stderr)
+            print('warning: this process trains alone, because JAX does not understand the cluster here: '
+                  f'{one_line(e)}', file=sys.stderr)
         return coordinator, num_processes, process_id, None
     if num_processes in (None, 1):
         return '', 1, 0, None
@@ -177,7 +177,7 @@ def find_others(coordinator, num_processes, process_id):
         try:
             coordinator = env.get('JAX_COORDINATOR_ADDRESS') or detect(None, num_processes, process_id)[0]
         except Exception as e:
-            raise RuntimeError(f'process {process_id} of {num_processes} does not find process 0: {one_line(e)}') from None
+            raise RuntimeError(f'process {process_id} does not find process 0: {one_line(e)}') from None
     return coordinator, num_processes, process_id, gpus
 
 
@@ -286,8 +286,8 @@ def check_shared(out_dir):
     if jax.process_index() == 0:
         file.unlink(missing_ok=True)
     if len(blind):
-        raise ValueError(f'out_dir = {out_dir!r}: process {blind[0]} does not see what process 0 writes there: put it on '
-                         'a disk that all of them share')
+        raise ValueError(f'out_dir = {out_dir!r}: process {blind[0]} does not see what process 0 writes there: put it '
+                         'on a disk that all of them share')
 
 
 def only_process_0_prints():

@@ -106,7 +106,8 @@ from checkpoints import NO_BEST, Checkpoints, RunError, find_step, is_finished, 
 from dataset import (bytes_per_token, dataset_name, eval_starts, in_cloud, load_batch, micro_batches, open_dataset,
                      padded, tokenizer, train_starts, vocabulary)
 from devices import (StopSignal, best_dtype, check_alike, check_shared, choose_kernels, compile_for, find_devices,
-                     join_processes, keep_compiled, make_mesh, memory_errors, only_process_0_prints, profiled, side_by_side)
+                     join_processes, keep_compiled, make_mesh, memory_errors, only_process_0_prints, profiled,
+                     side_by_side)
 from engine import generate
 from log import Log, log_in_to_wandb, start_wandb
 from model import GPTConfig, build
