@@ -170,7 +170,7 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         # the rest is an item of its own, because sampling reads the parameters alone
         rest = {k: v for k, v in state.items() if k != 'params'}
-        if self.keep_interval and n % self.keep_interval == 0:
+        if self.keep_interval and n > 0 and n % self.keep_interval == 0:
             self.kept.add(n)
         self.manager.save(n, args=ocp.args.Composite(
             params=ocp.args.StandardSave(state['params']), rest=ocp.args.StandardSave(rest),
