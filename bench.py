@@ -55,7 +55,7 @@ from step import (Setup, abstract_state, batch_sharding, compile_step, estimate_
 
 def dataset_or_none():
     try:
-        return open_dataset(os.path.join(_here, 'data', dataset_name(dataset)), block_size)
+        return open_dataset(os.path.join(data_dir or os.path.join(_here, 'data'), dataset_name(dataset)), block_size)
     except ValueError:
         return None, None
 

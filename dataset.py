@@ -229,8 +229,13 @@ def open_dataset(folder, block_size):
     for split in ('train', 'val'):
         path = folder / f'{split}.bin'
         if not path.exists():
-            own = folder / 'prepare.py'
-            script = own if own.exists() else f'data/text/prepare.py YOUR_FILES --name={folder.name}'
+            script = folder / 'prepare.py'
+            if not script.exists():
+                script = f'data/{folder.name}/prepare.py'
+                if not (Path(__file__).parent / script).exists():
+                    script = f'data/text/prepare.py YOUR_FILES --name={folder.name}'
+                if not (folder.parent / 'text/prepare.py').exists():
+                    script += f' --data_dir={folder.parent}'
             raise ValueError(f'dataset = {folder.name!r} is not prepared: run python {script}')
         size, dtype = path.stat().st_size, np.dtype(meta.get('dtype', 'uint16')).newbyteorder('<')
         if size % dtype.itemsize or size // dtype.itemsize <= block_size:

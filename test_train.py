@@ -211,9 +211,14 @@ def test_resuming_changes_nothing(repo, whole):
     assert_same_run(whole, repo / 'parts')
 
 
-def test_eval_only_writes_nothing(repo):
-    assert 'step 0: train loss' in run(repo, 'train.py', *TINY, '--out_dir=nowhere', '--eval_only=True')
-    assert not (repo / 'nowhere').exists()
+def test_eval_only_writes_nothing_and_ends_with_a_line_for_other_programs(repo):
+    shutil.copytree(repo / 'data/tiny', repo / 'elsewhere/small')
+    before = files_in(repo)
+    out = run(repo, 'train.py', *TINY, '--out_dir=nowhere', '--eval_only', '--data_dir=elsewhere', '--dataset=small')
+    result = json.loads(out.splitlines()[-1])
+    assert losses_in(out, 'val') == [pytest.approx(result['val_loss'], abs=1e-4)] and result['dataset'] == 'small'
+    assert result['bits_per_byte'] == pytest.approx(result['val_loss'] / np.log(2)) and result['iter'] == 0
+    assert files_in(repo) == before
 
 
 def test_the_best_the_latest_and_every_nth_checkpoint_are_kept_and_a_run_can_go_back_to_each(repo, whole):
@@ -790,9 +795,9 @@ def test_prepared_text_reads_back_as_it_was(repo):
     text = 'Grüße, 世界! \r\n\n  ' + ROMEO * 30
     (repo / 'a.txt').write_bytes(text.encode())
     (repo / 'b.txt').write_bytes(b'\xef\xbb\xbf' + ROMEO.encode())  # with a byte order mark
-    run(repo, 'data/text/prepare.py', 'a.txt', 'b.txt', '--name=own')
-    chars = json.loads((repo / 'data/own/meta.json').read_text(encoding='utf-8'))['tokenizer']['chars']
-    back = ''.join(chars[i] for i in np.concatenate(bins_of(repo / 'data/own')))
+    run(repo, 'data/text/prepare.py', 'a.txt', 'b.txt', '--name=own', '--data_dir=made/here')
+    chars = json.loads((repo / 'made/here/own/meta.json').read_text(encoding='utf-8'))['tokenizer']['chars']
+    back = ''.join(chars[i] for i in np.concatenate(bins_of(repo / 'made/here/own')))
     assert back == text.replace('\r\n', '\n') + ROMEO and chars == ''.join(sorted(set(back)))
 
 
@@ -1671,6 +1676,7 @@ def bad(begin, **values):
     (TRAIN, '--dataset=none',
      "dataset = 'none' is not prepared: run python data/text/prepare.py YOUR_FILES --name=none"),
     (TRAIN, '--dataset=shakespeare', 'run python data/shakespeare/prepare.py'),
+    (TRAIN, '--data_dir=none', 'run python data/text/prepare.py YOUR_FILES --name=tiny --data_dir=none'),
     (TRAIN, '--dataset=odd', 'train.bin holds 3 bytes'), (TRAIN, '--dataset=empty', 'val.bin holds 0 bytes'),
     (TRAIN, '--dataset=short', 'more than block_size = 16'),
     (TRAIN, '--dataset=outside', 'val.bin holds token 65535'),

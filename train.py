@@ -22,7 +22,7 @@ out_dir = 'out'  # or gs://BUCKET/FOLDER, with pip install gcsfs
 eval_interval = 2000
 log_interval = 1
 eval_iters = 200  # batches of each split in an evaluation; the same ones every time
-eval_only = False  # stop right after the first evaluation
+eval_only = False  # stop right after the first evaluation; its result is printed last, as a line of JSON
 always_save_checkpoint = True  # save at every evaluation; if False, only when the validation loss improves
 keep_interval = 0  # keep a checkpoint after every so many iterations for good; 0: keep the latest two and the best
 init_from = 'scratch'  # 'scratch', 'resume', 'gpt2' to 'gpt2-xl', or a path: a run or GPT-2's files; 'auto': see README
@@ -34,6 +34,7 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'  # a folder in data/
+data_dir = ''  # where datasets are, if not in the folder data/ beside this file; prepare.py has the option, too
 gradient_accumulation_steps = 40  # an iteration sees this many times batch_size sequences, on any mesh
 batch_size = 12  # sequences that a device handles at a time
 block_size = 1024
@@ -93,6 +94,7 @@ exec(open(os.path.join(_here, 'configurator.py'), encoding='utf-8').read())
 # -----------------------------------------------------------------------------
 # the rest of the imports: they take a second, and a typo is answered before that
 
+import json
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -175,7 +177,7 @@ with refuse(ValueError, OSError):
         pretrained, pretrained_meta, read_pretrained = open_model(init_from)
         config = adopt_shape(config, asdict(pretrained), typed, init_from)
         globals().update(config)
-    data, meta = open_dataset(os.path.join(_here, 'data', dataset), block_size)
+    data, meta = open_dataset(os.path.join(data_dir or os.path.join(_here, 'data'), dataset), block_size)
     if sample_tokens:
         tokenizer(meta['tokenizer'])  # is its vocabulary there?
     # (G, B): an iteration has G micro-batches of B sequences; and the same for an evaluation
@@ -393,6 +395,10 @@ if best_iter:
 if stop.why:
     go_on = '' if eval_only else f'; then go on with python train.py --init_from=resume --out_dir={out_dir}'
     fail(f'{stop.why}{go_on}', code=1)
+if eval_only and losses:  # the last line is for other programs
+    bits = losses['val'] / math.log(2) / log.bytes_per_token if log.bytes_per_token else None
+    log.say(json.dumps(dict(iter=iter_num, dataset=dataset, train_loss=losses['train'], val_loss=losses['val'],
+                            bits_per_byte=bits)))
 if stop.number:
     log.say(f'stopped by {stop.name}; go on with python train.py --init_from=resume --out_dir={out_dir}')
     sys.exit(128 + stop.number)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+DATA = Path(__file__).resolve().parent
+sys.path.insert(0, str(DATA.parent))
 from dataset import GPT2_META, TOKENIZER_FILES, gpt2_encoding, hf_meta, read_meta
 
 CPUS = getattr(os, 'process_cpu_count', os.cpu_count)()  # process_cpu_count is Python 3.13's
@@ -39,7 +40,10 @@ sys.excepthook = report
 
 def options(doc):
     """A parser of the command line that shows a script's docstring at --help."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data_dir', type=Path, default=DATA, metavar='DIR',
+                        help='write to a folder in DIR, for train.py --data_dir=DIR, and not to one in data/')
+    return parser
 
 
 def check_room(folder, size):
@@ -54,7 +58,7 @@ def new_files(folder, *names):
     """Yields open files, which get these names when all of them are written. The last name comes last, so that whoever
     waits for it never sees half of them. If something goes wrong, nothing of them stays, and older files do."""
     tmps = [folder / f'{name}.tmp' for name in names]
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         for tmp in tmps:  # one that is left over may be a link to another file
             tmp.unlink(missing_ok=True)
@@ -89,7 +93,8 @@ def new_dataset(folder, meta):
     for split in ('train', 'val'):
         size = (folder / f'{split}.bin').stat().st_size
         print(f'{split} has {size // np.dtype(meta.get("dtype", "uint16")).itemsize:,} tokens')
-    print(f'wrote them to {folder}; train with --dataset={folder.name}')
+    elsewhere = '' if folder.parent == DATA else f' --data_dir={folder.parent}'
+    print(f'wrote them to {folder}; train with --dataset={folder.name}{elsewhere}')
 
 
 def char_tokenizer(chars):

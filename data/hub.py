@@ -101,7 +101,9 @@ def prepare(script, doc, repo, revision, cached, written):
     parser.add_argument('--column', default='text', help='the column that holds the text (text)')
     parser.add_argument('--num_proc', type=int, default=CPUS, help=f'the number of processes that tokenize ({CPUS})')
     args = parser.parse_args()
-    out = Path(script).resolve().parent
+    out = args.data_dir / Path(script).resolve().parent.name
+    if not 1 <= args.num_proc <= 4 * CPUS:
+        parser.error(f'--num_proc={args.num_proc}: from 1 to four times the {CPUS} processors that are here')
 
     def fail(message, code=1):
         for tmp in out.glob('*.tmp'):

@@ -58,6 +58,7 @@ parser = options(__doc__)
 parser.add_argument('--shards', type=int, default=10, help='the number of training files, 1 to 103 (10)')
 parser.add_argument('--files', type=Path, metavar='DIR', help='read the fineweb_*.bin in a folder of your own instead')
 args = parser.parse_args()
+out = args.data_dir / here.name
 if not 1 <= args.shards <= 103:
     parser.error(f'--shards={args.shards}: there are 1 to 103')
 if args.files:
@@ -69,13 +70,13 @@ else:
     size = 2e8 * (args.shards + 1)
     print(f'{args.shards + 1} files to download, {size / 1e9:.1f} GB: {size / 1e7 / 60:.0f} minutes at 10 MB/s. The '
           f'dataset takes {size / 1e9:.1f} GB more')
-check_room(here, size)
+check_room(out, size)
 if not args.files:
     paths = download(args.shards)
 shards = [tokens_of(path) for path in tqdm(paths, 'checking', unit='file', disable=None)]
 if len(shards[0]) < VAL_TOKENS:
     print(f'warning: {paths[0]} holds only {len(shards[0]):,} tokens: an evaluation is not the one that others do')
-with new_dataset(here, GPT2_META) as (train, val):
+with new_dataset(out, GPT2_META) as (train, val):
     val.write(shards[0][:VAL_TOKENS])
     for shard in tqdm(shards[1:], 'writing', unit='file', disable=None):
         train.write(shard)

@@ -15,12 +15,12 @@ here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
 from common import GPT2_META, gpt2_encoding, new_dataset, options, tiny_shakespeare
 
-options(__doc__).parse_args()
+out = options(__doc__).parse_args().data_dir / here.name
 enc = gpt2_encoding()
-text = tiny_shakespeare(here, here.parent / 'shakespeare_char')
+text = tiny_shakespeare(out, here, here.parent / 'shakespeare_char')
 n = int(0.9 * len(text))
 train_ids, val_ids = (np.array(enc.encode_ordinary(part), '<u2') for part in (text[:n], text[n:]))
 assert (len(train_ids), len(val_ids)) == (301_966, 36_059)
-with new_dataset(here, GPT2_META) as (train, val):
+with new_dataset(out, GPT2_META) as (train, val):
     train.write(train_ids)
     val.write(val_ids)

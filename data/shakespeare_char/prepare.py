@@ -13,11 +13,11 @@ here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
 from common import char_tokenizer, new_dataset, options, tiny_shakespeare
 
-options(__doc__).parse_args()
-text = tiny_shakespeare(here)
+out = options(__doc__).parse_args().data_dir / here.name
+text = tiny_shakespeare(out, here)
 encode, meta = char_tokenizer(set(text))
 n = int(0.9 * len(text))
 assert (meta['vocab_size'], n, len(text) - n) == (65, 1_003_854, 111_540)
-with new_dataset(here, meta) as (train, val):
+with new_dataset(out, meta) as (train, val):
     train.write(encode(text[:n]))
     val.write(encode(text[n:]))

@@ -19,7 +19,7 @@ here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
 from common import char_tokenizer, fail, new_dataset, options
 
-options(__doc__).parse_args()
+out = options(__doc__).parse_args().data_dir / here.name
 stdlib = Path(sysconfig.get_paths()['stdlib'])
 skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
 train_text, val_text = [], []
@@ -38,6 +38,6 @@ if min(len(train_text), len(val_text)) < 100_000:
     fail(f'{stdlib} holds too little Python source; run this with a full Python installation')
 
 encode, meta = char_tokenizer(set(train_text + val_text))
-with new_dataset(here, meta) as (train, val):
+with new_dataset(out, meta) as (train, val):
     train.write(encode(train_text))
     val.write(encode(val_text))

@@ -45,7 +45,7 @@ for path in args.files:
         parser.error(f'{path} is a folder: give its files, such as {path / "*.txt"}')
     if not path.is_file():
         parser.error(f'{path}: no such file')
-out = data / args.name
+out = args.data_dir / args.name
 if args.name != 'text' and not args.overwrite:  # data/text is this script's own
     for name, what in ('prepare.py', 'a prepare.py of its own'), ('val.bin', 'a dataset'):
         if (out / name).exists():
