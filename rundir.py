@@ -3,7 +3,7 @@ What a run directory holds, and how it stays whole whatever happens to the proce
 
 config.json    all config values, the model's arguments, the tokenizer, versions, the commit and the command
 tokenizer.json a copy of the tokenizer, if it is a Hugging Face one
-checkpoints/   N/ is the state after N iterations, written by Orbax: the latest two, and the best
+checkpoints/   N/ is the state after N iterations, written by Orbax: the latest two, the best, every keep_interval-th
 best.json      which checkpoint has the best validation loss
 base/          with LoRA, the frozen parameters, written once; the checkpoints hold only the adapters
 log.csv        a row for each logged iteration and each evaluation
