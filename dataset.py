@@ -212,6 +212,41 @@ def token_bytes(meta):
 # -----------------------------------------------------------------------------
 # tokens: files to batches
 
+# A file of chats holds signed integers: an id for a token that the model learns to write, ~id, which is below 0, for one
+# that it only reads, and ~(id + FIRST) for the first token of a chat. No file of texts is signed.
+FIRST = 2**30
+
+
+def unmark(tokens):
+    """The same with ~id for the first tokens of chats."""
+    return np.where(tokens < -FIRST, tokens + FIRST, tokens) if tokens.dtype.kind == 'i' else tokens
+
+
+def token_ids(tokens):
+    """The ids, also of the tokens that are only read."""
+    return np.maximum(tokens, ~tokens) if tokens.dtype.kind == 'i' else tokens
+
+
+@functools.cache
+def chat_starts(path):
+    """Where the chats in a file begin."""
+    return np.flatnonzero(np.memmap(path, '<i4', 'r') < -FIRST)
+
+
+def sequences(data, starts, block_size):
+    """The tokens (..., block_size + 1) that begin at `starts` (...). After the last chat there is nothing to learn."""
+    index = starts[..., None] + np.arange(block_size + 1)
+    if data.dtype.kind != 'i':
+        return data[index]
+    return np.where(index < len(data), unmark(data[np.minimum(index, len(data) - 1)]), ~0)
+
+
+def cut_chats(data, block_size):
+    """How many chats are longer than a sequence."""
+    if data.dtype.kind != 'i':
+        return 0
+    return int((np.diff(chat_starts(data.filename), append=len(data)) > block_size + 1).sum())
+
 
 def open_dataset(folder, block_size):
     """({'train': tokens, 'val': tokens}, meta) of a dataset's folder, memory-mapped. Raises ValueError if files are
@@ -238,11 +273,15 @@ def open_dataset(folder, block_size):
                     script += f' --data_dir={folder.parent}'
             raise ValueError(f'dataset = {folder.name!r} is not prepared: run python {script}')
         size, dtype = path.stat().st_size, np.dtype(meta.get('dtype', 'uint16')).newbyteorder('<')
-        if size % dtype.itemsize or size // dtype.itemsize <= block_size:
+        least = 1 if dtype.kind == 'i' else block_size  # a sequence of chats may end early
+        if size % dtype.itemsize or size // dtype.itemsize <= least:
             raise ValueError(f'{path} holds {size:,} bytes: it needs {dtype.itemsize} for each token, and more than '
                              f'block_size = {block_size} tokens')
         data[split] = np.memmap(path, dtype, 'r')
-        highest = int(data[split][:10**8].max())  # of the first 100 million; load_batch() checks every batch
+        if dtype.kind == 'i' and (data[split][0] >= -FIRST or data[split].max() < 0):
+            raise ValueError(f'{path} is no file of chats, or has nothing to learn: prepare the dataset again')
+        # of the first 100 million; load_batch() checks every batch
+        highest = int(token_ids(unmark(data[split][:10**8])).max())
         if highest >= meta['vocab_size']:
             raise ValueError(f'{path} holds token {highest}, but the vocabulary has {meta["vocab_size"]}; prepare the '
                              'dataset again')
@@ -253,7 +292,8 @@ def bytes_per_token(data, starts, block_size, meta):
     """The mean of token_bytes(meta) over what is predicted in the sequences that begin at `starts`: it turns a loss in
     nats per token into bits per byte, which compare between tokenizers. Raises ValueError as token_bytes() does."""
     lengths = token_bytes(meta)
-    return np.mean([lengths[data[part[..., None] + np.arange(1, block_size + 1)]].mean() for part in starts])
+    targets = [sequences(data, part, block_size)[..., 1:].ravel() for part in starts]
+    return np.concatenate([lengths[part[part >= 0]] for part in targets]).mean()
 
 
 def padded(vocab_size):
@@ -274,17 +314,23 @@ def micro_batches(n, batch_size, n_devices):
 def train_starts(data, shape, block_size, seed, step):
     """Where the sequences of a training step begin: `shape` = (G, B) positions. Multiples of the golden ratio, mod 1,
     fill the data evenly (a Weyl sequence, https://en.wikipedia.org/wiki/Low-discrepancy_sequence). Random starts would
-    miss 1/e of it in an epoch."""
+    miss 1/e of it in an epoch. With chats, each begins at one."""
     n = math.prod(shape)
     index = np.arange(step * n, (step + 1) * n, dtype=np.uint64)
     offset = np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
     golden = np.uint64(0x9E3779B97F4A7C15)  # times 2^64; the overflow of its multiples is the modulo
     share = (index * golden + offset >> np.uint64(11)) / 2**53
+    if data.dtype.kind == 'i':
+        begins = chat_starts(data.filename)
+        return begins[(share * len(begins)).astype(np.int64)].reshape(shape)
     return (share * (len(data) - block_size)).astype(np.int64).reshape(shape)
 
 
 def eval_starts(data, shape, block_size):
     """Where the sequences of an evaluation begin: evenly over the data, the same ones every time."""
+    if data.dtype.kind == 'i':
+        begins = chat_starts(data.filename)
+        return begins[np.linspace(0, len(begins) - 1, math.prod(shape)).astype(np.int64)].reshape(shape)
     return np.linspace(0, len(data) - block_size - 1, math.prod(shape)).astype(np.int64).reshape(shape)
 
 
@@ -296,9 +342,9 @@ def load_batch(data, starts, block_size, vocab_size, sharding):
     def read(index):
         if isinstance(data, np.memmap) and data.base.size() < data.nbytes:
             raise ValueError(f'{data.filename} has lost its end since the run began: prepare the dataset again')
-        tokens = data[starts[index[:2]][..., None] + np.arange(block_size + 1)]
-        if tokens.max() >= vocab_size:
-            raise ValueError(f'{data.filename} holds token {tokens.max()}, but the vocabulary has {vocab_size}: prepare '
-                             'the dataset again')
+        tokens = sequences(data, starts[index[:2]], block_size)
+        if (highest := token_ids(tokens).max()) >= vocab_size:
+            raise ValueError(f'{data.filename} holds token {highest}, but the vocabulary has {vocab_size}: prepare the '
+                             'dataset again')
         return tokens
     return jax.make_array_from_callback((*starts.shape, block_size + 1), sharding, read)

@@ -211,13 +211,15 @@ def attention_with_cache(q, k, v, cache, pos, dtype='float32'):
 
 
 @fast
-def cross_entropy(logits, targets):
-    """The mean of -log softmax(logits)[target], in float32: logits (..., V), targets (...)."""
+def cross_entropy(logits, targets, learned=None):
+    """The mean of -log softmax(logits)[target], in float32: logits (..., V), targets (...). Where `learned` (...) is
+    False, a target counts as 0."""
     logits = logits.astype(jnp.float32)
     # compare, do not look up: the gradient of a lookup is a scatter, which chips are slow at
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     target_logits = jnp.where(is_target, logits, 0).sum(-1)
-    return (jax.nn.logsumexp(logits, -1) - target_logits).mean()
+    losses = jax.nn.logsumexp(logits, -1) - target_logits
+    return (losses if learned is None else losses * learned).mean()
 
 
 def split_key(key, n):
@@ -394,19 +396,24 @@ class GPT(nnx.Module):
         return self.head(self.features(idx, key)[0])
 
     def loss(self, tokens, key=None, parts=1):
-        """The mean loss of predicting tokens[:, 1:] from tokens[:, :-1], for tokens (B, T + 1). The blocks see the
-        batch in so many independent parts, each with dropout of its own (step.py's batch_loss says why)."""
+        """The mean loss of predicting tokens[:, 1:] from tokens[:, :-1], for tokens (B, T + 1). A negative token, ~id,
+        is read, and to predict it counts as 0. The blocks see the batch in so many independent parts, each with dropout
+        of its own (step.py's batch_loss says why)."""
+        learned = None
+        if jnp.issubdtype(tokens.dtype, jnp.signedinteger):
+            learned, tokens = tokens[:, 1:] >= 0, jnp.maximum(tokens, ~tokens)
         tokens = tokens.astype(jnp.int32)
         keys = [key if key is None else jax.random.fold_in(key, i) for i in range(parts)]
         idx, targets = jnp.array_split(tokens[:, :-1], parts), tokens[:, 1:]
         x = jnp.concatenate([self.features(part, key)[0] for part, key in zip(idx, keys)])
         loss = functools.partial(cross_entropy, kernels=self.config.kernels)
-        n, C = self.config.loss_chunks, self.config.n_embd
+        n = self.config.loss_chunks
         if n == 1:
-            return loss(self.head(x), targets)
+            return loss(self.head(x), targets, learned)
         # one chunk's logits exist at a time; the backward pass computes them again
-        chunk_loss = jax.checkpoint(lambda chunk: loss(self.head(chunk[0]), chunk[1]))
-        return jax.lax.map(chunk_loss, (x.reshape(n, -1, C), targets.reshape(n, -1))).mean()
+        chunk_loss = jax.checkpoint(lambda chunk: loss(self.head(chunk[0]), *chunk[1:]))
+        chunks = jax.tree.map(lambda a: a.reshape(n, -1, *a.shape[2:]), (x, targets, learned))
+        return jax.lax.map(chunk_loss, chunks).mean()
 
     @jax.jit
     def next_logits(self, window, n):

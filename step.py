@@ -143,6 +143,17 @@ def batch_loss(params, base, tokens, key, config):
     return build(config, lora.join(params, base)).loss(tokens, key, halves)
 
 
+def learned_share(tokens):
+    """The share of the targets in tokens (..., T + 1) that count (GPT.loss says how), over all micro-batches and
+    devices. It is 1 where no token can be marked."""
+    return share_of(tokens) if jnp.issubdtype(tokens.dtype, jnp.signedinteger) else 1
+
+
+@jax.jit
+def share_of(tokens):
+    return jnp.maximum((tokens[..., 1:] >= 0).mean(), 1e-9)  # where none counts, the loss is 0
+
+
 def accumulate(loss_fn, params, base, tokens, key):
     """Loss and gradient by params, summed over the micro-batches tokens (G, B, T + 1)."""
     def micro_step(total, batch):
@@ -215,7 +226,8 @@ def loss_and_grads(params, base, tokens, scale, key, setup):
     `scale` in between, so that small gradients do not become zero."""
     config, mesh = setup.config, setup.mesh
     n_groups = 1 if mesh is None else mesh.shape['data']
-    n = len(tokens) * n_groups  # losses are added up over micro-batches and groups of devices
+    # losses are added up over micro-batches and groups of devices, and are means over all targets
+    n = len(tokens) * n_groups * learned_share(tokens)
     factor = scale / n if config.dtype == 'float16' else 1 / n
     # to scale each loss is free; to scale the sum of the gradients would read them all once more
     loss_fn = lambda *args: factor * batch_loss(*args, config)
@@ -285,7 +297,7 @@ def train_step(state, tokens, lr, key, setup):
 
 @functools.partial(jax.jit, static_argnames='config')
 def eval_step(params, tokens, config):
-    """The mean loss of tokens (G, B, T + 1), without dropout."""
+    """The mean loss of tokens (G, B, T + 1), without dropout, over all targets: divide by learned_share()."""
     model = build(config, params)
     return jax.lax.map(model.loss, tokens).mean()
 

@@ -36,7 +36,7 @@ from model import GPT, GPTConfig, abstract_params, build, dropout, params_of, sa
 from optim import get_lr
 from rundir import load_model, open_model
 from step import (Setup, abstract_state, batch_sharding, compile_eval, compile_step, estimate_mfu, eval_step,
-                  loss_and_grads, num_params, on_mesh, shardings, state_creator, train_step)
+                  learned_share, loss_and_grads, num_params, on_mesh, shardings, state_creator, train_step)
 
 # a compiled function is quicker than hundreds of operations one by one
 init_params = jax.jit(model.init_params, static_argnames=('config', 'seed'))
@@ -658,6 +658,31 @@ def test_micro_batches_give_the_gradient_of_one_big_batch():
     for state, metrics in states[1:]:
         close(metrics, states[0][1])
         close(state['opt_state'], states[0][0]['opt_state'], 1e-6)
+
+
+@pytest.mark.parametrize('chunks, mesh', [(1, (1, 1)), (4, (1, 1)), (1, (2, 2))])
+def test_the_loss_is_the_mean_over_what_is_learned_whatever_the_micro_batches_and_devices(chunks, mesh):
+    config, tx = dataclasses.replace(SMALL, loss_chunks=chunks), make_optimizer(0.9, 0.99, 0.1, 1.0)
+    ids, marks = tokens(8, 17), np.random.default_rng(1).random((8, 17)) < np.linspace(0, 1, 8)[:, None]
+    params = init_params(config, 0)
+
+    @jax.jit
+    @jax.value_and_grad
+    def expected(params):
+        losses = -jax.nn.log_softmax(build(config, params)(ids[:, :-1]))
+        losses = jnp.take_along_axis(losses, ids[:, 1:, None], -1)[..., 0]
+        return jnp.where(marks[:, 1:], losses, 0).sum() / marks[:, 1:].sum()
+
+    loss, grads = expected(params)
+    batch = np.where(marks, ids, ~ids).astype(np.int32).reshape(4, 2, 17)  # the first sequence teaches nothing
+    close(eval_step(params, batch, config) / learned_share(batch), loss)
+    mesh = make_mesh(jax.devices()[:math.prod(mesh)], *mesh)
+    state = init_state(config, tx, 0)
+    state = jax.device_put(state, shardings(state, mesh, fsdp=True))
+    batch = jax.device_put(batch, batch_sharding(mesh))
+    _, metrics = train_step(state, batch, 1e-3, KEY, Setup(config, tx, mesh, fsdp=True))
+    close((metrics['loss'], metrics['grad_norm']), (loss, optax.tree.norm(grads)))
+    assert learned_share(batch.astype(np.uint16)) == 1 and learned_share(np.full((2, 3), -1)) > 0
 
 
 def test_a_markov_source_is_learned_to_its_entropy():

@@ -105,8 +105,8 @@ import numpy as np
 
 import lora
 from checkpoints import NO_BEST, Checkpoints, RunError, find_step, is_finished, save_base
-from dataset import (bytes_per_token, dataset_name, eval_starts, in_cloud, load_batch, micro_batches, open_dataset,
-                     padded, tokenizer, train_starts, vocabulary)
+from dataset import (bytes_per_token, cut_chats, dataset_name, eval_starts, in_cloud, load_batch, micro_batches,
+                     open_dataset, padded, sequences, token_ids, tokenizer, train_starts, vocabulary)
 from devices import (StopSignal, best_dtype, check_alike, check_shared, choose_kernels, compile_for, find_devices,
                      join_processes, keep_compiled, make_mesh, memory_errors, only_process_0_prints, profiled,
                      side_by_side)
@@ -117,7 +117,7 @@ from optim import get_lr, make_optimizer
 from rundir import (adopt_shape, check_out_dir, clear_run, lock_out_dir, open_model, resume_config, resume_or,
                     save_config)
 from step import (Setup, abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu,
-                  eval_step, num_params, on_mesh, state_creator, train_step)
+                  eval_step, learned_share, num_params, on_mesh, state_creator, train_step)
 
 # a resumed run keeps its own settings, except for those that are given now
 with refuse(ValueError, OSError):
@@ -193,6 +193,11 @@ elif init_from == 'resume':
     vocab_size, known, source = saved['model_args']['vocab_size'], saved, f'the run in {out_dir}'
 if vocabulary(meta) != vocabulary(known):
     fail(f'dataset = {dataset!r} has another vocabulary than {source}')
+
+
+for split in data:
+    if n := cut_chats(data[split], block_size):
+        warn(f'{n:,} of the chats in {split} are longer than block_size = {block_size}: their ends are not seen')
 
 
 def get_batch(split, starts):
@@ -308,23 +313,26 @@ with log.harmless('bits per byte'):
 
 def estimate_loss():
     """The mean loss of each split over eval_iters batches; None if asked to stop meanwhile."""
-    losses = {'train': [], 'val': []}
-    for split in losses:
+    means = {}
+    for split in 'train', 'val':
+        losses, shares = [], []
         starts = eval_starts(data[split], eval_shape, block_size).reshape(-1, *eval_call)
         for i, part in enumerate(starts):
             log.progress(f'evaluating on {split}, {i} of {len(starts)}')
             tokens = get_batch(split, part)
             if stop.received():  # a resumed run evaluates again
                 return None
-            losses[split].append(float(evaluate(all_params(state), tokens)))
+            losses.append(float(evaluate(all_params(state), tokens)))
+            shares.append(float(learned_share(tokens)))
+        means[split] = np.mean(losses) / np.mean(shares)
     log.progress('')
-    return {split: np.mean(parts) for split, parts in losses.items()}
+    return means
 
 
 def show_sample():
     """Prints the beginning of the validation data and how the model goes on."""
     _, decode, eot = tokenizer(meta['tokenizer'])
-    prompt = data['val'][None, :min(16, block_size)]
+    prompt = token_ids(sequences(data['val'], np.zeros(1, int), min(16, block_size) - 1))
     model = build(model_config, all_params(state))
     ids = generate(model, prompt, sample_tokens, temperature=0.8, top_k=200, key=key, eot=eot,
                    n_vocab=meta['vocab_size'])
