@@ -145,9 +145,8 @@ class Checkpoints:
         """Raises RunError where out_dir was moved or removed while the run trains. Orbax would make the folders again,
         perhaps in a run that has begun there since, and nobody would look for a checkpoint there."""
         if identity(self.folder) != self.identity:
-            raise RunError(f'{self.folder} was moved or removed while the run trained. Earlier checkpoints are where '
-                           'they were moved to: move them back, or give the new place as --out_dir, and go on with '
-                           '--init_from=resume')
+            raise RunError(f'{self.folder} is gone: it was moved or removed while the run trained, or its disk was. To go '
+                           'on, put it back or give its new place as --out_dir, with --init_from=resume')
 
     def should_preserve(self, checkpoints, *, context):
         """Orbax asks which checkpoints stay: the latest two, the best, and the kept ones."""
