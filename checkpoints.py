@@ -139,14 +139,20 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
             preservation_policy=self, create=not read_only, cleanup_tmp_directories=not read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=lambda: seal(self.folder))))
-        self.identity = identity(self.folder)
+        self.place = None
+        if os.name == 'posix' and not (read_only or in_cloud(self.folder)):
+            self.place = os.open(self.folder, os.O_RDONLY)  # while it is open, no network file system renumbers it
 
     def check_place(self):
         """Raises RunError where out_dir was moved or removed while the run trains. Orbax would make the folders again,
         perhaps in a run that has begun there since, and nobody would look for a checkpoint there."""
-        if identity(self.folder) != self.identity:
-            raise RunError(f'{self.folder} is gone: it was moved or removed while the run trained, or its disk was. To go '
-                           'on, put it back or give its new place as --out_dir, with --init_from=resume')
+        if self.place is None:
+            return
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self.place), os.stat(self.folder)):
+                return
+        raise RunError(f'{self.folder} is gone: it was moved or removed while the run trained, or its disk was. To go '
+                       'on, put it back or give its new place as --out_dir, with --init_from=resume')
 
     def should_preserve(self, checkpoints, *, context):
         """Orbax asks which checkpoints stay: the latest two, the best, and the kept ones."""
@@ -276,13 +282,6 @@ def disk_error(error):
         if os.strerror(number) in str(error):
             return f'no space left ({os.strerror(number)})' if number in FULL else os.strerror(number)
     return str(error.strerror or error) if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) else ''
-
-
-def identity(folder):
-    """Tells a folder from another one of the same name; None where there is none."""
-    with contextlib.suppress(OSError):
-        found = os.stat(folder)
-        return found.st_dev, found.st_ino
 
 
 def set_aside(out_dir, step, later, best):
