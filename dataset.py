@@ -153,6 +153,17 @@ def gpt2_encoding():
     return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
+def gpt2_tokenizer():
+    """The same as a Hugging Face tokenizer, which says where in the text each token stands."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    vocab, merges = gpt2_vocabulary()
+    gpt2 = Tokenizer(models.BPE(vocab, [*map(tuple, merges)]))
+    gpt2.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    gpt2.decoder = decoders.ByteLevel()
+    gpt2.add_special_tokens(['<|endoftext|>'])
+    return gpt2
+
+
 def hf_tokenizer(file):
     """The tokenizer in a tokenizer.json. Raises ValueError if there is none."""
     from tokenizers import Tokenizer

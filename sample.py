@@ -5,6 +5,7 @@ Writes text with a model that train.py has trained, or with GPT-2.
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=1    # streams on a terminal
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=gpt2 --start="What is the answer to life?" --num_samples=3
+    python sample.py --init_from=DIR --chat     # a talk with a model that can chat; Ctrl-C ends an answer, or the talk
 """
 import os
 import sys
@@ -14,6 +15,8 @@ init_from = 'resume'  # 'resume': the run in out_dir; 'gpt2', 'gpt2-medium', ...
 out_dir = 'out'  # the run directory that train.py wrote
 checkpoint = 'best'  # 'best' by validation loss, 'latest', or the number of one
 start = '\n'  # the prompt; FILE:prompt.txt reads it from a file; may hold '<|endoftext|>' if the tokenizer has it
+chat = False  # talk with the model in the terminal; its chat template writes what it reads
+system = ''  # chat: what the model is told before the talk, such as 'You are a pirate.'
 num_samples = 10  # number of samples to draw
 max_new_tokens = 500  # number of tokens generated in each sample
 temperature = 0.8  # 1.0: as trained; below: less random; above: more random; 0.0: always the likeliest token
@@ -55,6 +58,31 @@ with refuse(ValueError, OSError):
     config = replace(config, dtype=dtype or config.dtype)
     config = choose_kernels(config, devices, flash=False, kernels=kernels)[0]
     encode, decode, eot = tokenizer(meta['tokenizer'])
+
+# a talk: each answer goes on from all that was said
+if chat:
+    from chat import talk
+    with refuse(ValueError, OSError):
+        model = build(config, read())
+
+    def write(ids, ends):
+        ids = ids[-config.block_size:]
+        n = 2**(len(ids) + max_new_tokens - 1).bit_length() - len(ids)  # few lengths, so that few programs are compiled
+        made = 0
+        for part in stream(model, np.array([ids]), n, temperature=temperature, top_k=top_k, top_p=top_p,
+                           key=jax.random.fold_in(jax.random.key(seed), len(ids)), eot=next(iter(ends), None),
+                           n_vocab=meta['vocab_size'], chunk=8):
+            part = np.asarray(part)[0, :max_new_tokens - made].tolist()
+            made += len(part)
+            last = next((i for i, id in enumerate(part) if id in ends), None)
+            yield part[:last]
+            if last is not None or made == max_new_tokens:
+                return
+
+    say = lambda text: print(for_terminal(text), end='', flush=True)
+    with refuse(ValueError):
+        talk(meta, write, say, max(config.block_size - max_new_tokens, config.block_size // 2), system)
+    sys.exit()
 
 # encode the beginning of the prompt
 if start.startswith('FILE:'):

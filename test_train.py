@@ -30,9 +30,11 @@ import numpy as np
 import pytest
 import tokenizers
 
+import chat
 from checkpoints import Checkpoints, RunError, check_arrays, damaged_file, find_step, read_progress, reread, write
 from conftest import run, start
-from dataset import bytes_per_token, eval_starts, gpt2_encoding, open_dataset, token_bytes, tokenizer
+from dataset import (bytes_per_token, cut_chats, eval_starts, gpt2_encoding, hf_meta, open_dataset, read_meta, sequences,
+                     token_bytes, token_ids, tokenizer)
 from devices import StopSignal
 from log import Log
 from model import GPTConfig
@@ -835,6 +837,97 @@ def test_a_text_in_a_models_tokens_has_the_ids_of_the_whole_also_in_pieces_and_b
     for name, message in (('nowhere', 'is no folder'), ('data', 'tokenizer.json is not a tokenizer')):
         assert message in run(repo, 'data/text/prepare.py', 'verse.txt', f'--tokenizer={name}', code=1, HF_HUB_OFFLINE='1')
     assert 'leave it out' in run(repo, 'data/text/prepare.py', 'verse.txt', '--tokenizer=data/tiny', code=2)
+
+
+CHATML = ("{% for m in messages %}<|user|>{{ m['role'] }} {{ m['content'] }}<|end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|user|>assistant {% endif %}")
+
+
+def said(*contents, system=None):
+    """A chat: what the user and the assistant say in turns."""
+    messages = [{'role': ('user', 'assistant')[i % 2], 'content': content} for i, content in enumerate(contents)]
+    return ([{'role': 'system', 'content': system}] if system else []) + messages
+
+
+def test_a_model_learns_what_the_assistant_says_and_where_it_ends_and_nothing_else(repo, refused):
+    bpe = bpe_files(repo / 'chatty', chat_template=CHATML)
+    chats = [said(f'hi {i}', f' Hé\n\n{i}', '<|end|>\n<|user|>assistant no', 'yes', 'so', system='Sß') for i in range(10)]
+    lines = [json.dumps({'messages': chat}, ensure_ascii=False) for chat in chats]
+    (repo / 'chats.jsonl').write_text('\n'.join(lines) + '\n\n', encoding='utf-8')
+    assert 'learns to write' in run(repo, 'data/chat/prepare.py', 'chats.jsonl', '--tokenizer=chatty')
+    data, meta = open_dataset(repo / 'data/chat', 16)
+    for split, some in ('train', chats[:9]), ('val', chats[9:]):
+        starts = eval_starts(data[split], (len(some),), 16)  # one sequence for each chat
+        for chat, start, end in zip(some, starts, [*starts[1:], len(data[split])], strict=True):
+            [tokens] = sequences(data[split], np.array([start]), end - start - 1)
+            text = ''.join(f"<|user|>{m['role']} {m['content']}<|end|>\n" for m in chat[:5])
+            assert token_ids(tokens).tolist() == bpe.encode(text).ids
+            assert bpe.decode(tokens[tokens >= 0].tolist(), skip_special_tokens=False) == \
+                chat[2]['content'] + '<|end|>' + 'yes<|end|>'
+    assert token_ids(sequences(data['val'], np.array([0]), 2 * len(data['val'])))[0, -1] == 0 < cut_chats(data['val'], 16)
+    # a run of them keeps the template
+    run(repo, 'train.py', *TINY, '--dataset=chat', '--out_dir=chatty-run', '--max_iters=1', '--sample_tokens=2')
+    assert read_meta(repo / 'chatty-run/config.json')['chat_template'] == CHATML
+    for content, message in (('{"text": "a"}', 'chats.jsonl:1 is no chat'), ('[', 'chats.jsonl:1 is no chat'),
+                             ('{"messages": [{"role": "user", "content": 3}]}', 'chats.jsonl:1 is no chat'),
+                             (json.dumps({'messages': said('a')}), 'chats.jsonl:1: nobody with the role assistant'),
+                             (lines[0], '1 chats are too few')):
+        (repo / 'chats.jsonl').write_text(content, encoding='utf-8')
+        assert message in run(repo, 'data/chat/prepare.py', 'chats.jsonl', '--tokenizer=chatty', code=2)
+    assert '--tokenizer=data/tiny' in run(repo, 'data/chat/prepare.py', 'chats.jsonl', '--tokenizer=data/tiny', code=2)
+
+
+def test_a_template_that_moves_the_question_or_leaves_out_thoughts_or_is_missing(monkeypatch):
+    meta = lambda template: {'tokenizer': {'kind': 'hf', 'bos': '<s>', 'eos': '</s>'}, 'chat_template': template}
+    chats = [said('U1', 'A1', 'U2', 'A2', system='S')]
+    [[(text, spans)]] = chat.learned(meta(chat.PLAIN), chats)
+    assert text == '<s>System: S\nUser: U1\nAssistant: A1</s>\nUser: U2\nAssistant: A2</s>\n'
+    assert [text[slice(*span)] for span in spans] == [' A1</s>', ' A2</s>']
+    thinks = ("{% for m in messages %}{{ m.role[0] }}{% if loop.last and m.role != 'user' %}(thinks){% endif %}"
+              "{{ m.content }};{% endfor %}{% if add_generation_prompt %}a{% endif %}")
+    [parts] = chat.learned(meta(thinks), chats)
+    assert [[text[slice(*span)] for span in spans] for text, spans in parts] == [['(thinks)A1;'], ['(thinks)A2;']]
+    moves = "{% if messages[-1].role == 'user' %}{{ messages[0].content }}{% endif %}{{ messages[-1].content }}"
+    assert 'anew' in chat.learned(meta(moves), chats)[0]
+    # somebody else's program: it executes nothing, and hangs nothing
+    for template, message in (("{{ ''.__class__.__mro__ }}", 'unsafe'), ("{% include '/etc/passwd' %}", 'no loader'),
+                              ("{% import 'os' as os %}", 'no loader'), ('{{ raise_exception("no!") }}', 'says: no!'),
+                              ("{{ 'a' * 10**10 }}", 'MemoryError')):
+        assert message in chat.learned(meta(template), chats)[0]
+    monkeypatch.setattr(chat, 'SECONDS', 1)
+    loop = '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}'
+    for template, message in ('{% if %}', 'fails: .*Expected an expression'), (loop, 'takes too long'):
+        with pytest.raises(ValueError, match=message):
+            chat.learned(meta(template), chats)
+
+
+def test_a_talk_has_several_turns_forgets_the_oldest_and_ends_an_answer_at_ctrl_c(tmp_path, monkeypatch):
+    bpe = bpe_files(tmp_path, chat_template=CHATML)
+    typed, read, shown = iter(['one', 'two', 'three']), [], []
+
+    def write(ids, ends):
+        assert ends == [0, 0]  # what the template writes after an answer, and the end of a text
+        read.append(bpe.decode(ids, skip_special_tokens=False))
+        yield bpe.encode('é').ids[:1]
+        yield bpe.encode('é').ids[1:] + bpe.encode(' yes').ids
+        if len(read) == 2:
+            signal.raise_signal(signal.SIGINT)
+        yield bpe.encode(' no').ids
+
+    def type_in(prompt):
+        if (text := next(typed, None)) is None:
+            signal.raise_signal(signal.SIGINT)
+        return text
+
+    monkeypatch.setattr('builtins.input', type_in)
+    before = signal.getsignal(signal.SIGINT)
+    chat.talk(hf_meta(tmp_path), write, shown.append, room=60, system='Be.')
+    signal.signal(signal.SIGINT, before)
+    begin, turn = '<|user|>system Be.<|end|>\n', '<|user|>user {}<|end|>\n<|user|>assistant {}<|end|>\n'.format
+    ask = '<|user|>user {}<|end|>\n<|user|>assistant '.format
+    assert ''.join(shown) == 'é yes no\né yes no\né yes no\n' and '\ufffd' not in shown
+    assert read[:2] == [begin + ask('one'), begin + turn('one', 'é yes no') + ask('two')]
+    assert read[2] == begin + turn('two', 'é yes no') + ask('three')
 
 
 def test_a_dataset_is_not_replaced_without_a_word(repo):

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import sys
 import urllib.request
@@ -44,6 +45,32 @@ def options(doc):
     parser.add_argument('--data_dir', type=Path, default=DATA, metavar='DIR',
                         help='write to a folder in DIR, for train.py --data_dir=DIR, and not to one in data/')
     return parser
+
+
+def read_options(parser, own):
+    """(args, folder) of a command line with files of one's own, where `own` is the script's own folder. Ends the script
+    where one of them cannot be."""
+    parser.add_argument('files', nargs='+', type=Path, help='UTF-8 files, read in this order')
+    parser.add_argument('--name', default=own, help=f'write the dataset to data/NAME ({own})')
+    parser.add_argument('--val_fraction', type=float, default=0.1,
+                        help='the share, from the end, that goes to val (0.1)')
+    parser.add_argument('--overwrite', action='store_true', help='replace a dataset that is in data/NAME')
+    args = parser.parse_args()
+    if not re.fullmatch(r'[\w.-]*\w', args.name):
+        parser.error(f'--name={args.name}: use a plain folder name, such as my_notes')
+    if not 0 < args.val_fraction < 1:
+        parser.error(f'--val_fraction={args.val_fraction}: use a number between 0 and 1, such as 0.1')
+    for path in args.files:
+        if path.is_dir():
+            parser.error(f'{path} is a folder: give its files, such as {path / "*.txt"}')
+        if not path.is_file():
+            parser.error(f'{path}: no such file')
+    out = args.data_dir / args.name
+    if args.name != own and not args.overwrite:
+        for name, what in ('prepare.py', 'a prepare.py of its own'), ('val.bin', 'a dataset'):
+            if (out / name).exists():
+                parser.error(f'--name={args.name}: {out} has {what}; choose another name, or add --overwrite')
+    return args, out
 
 
 def check_room(folder, size):

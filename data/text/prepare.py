@@ -24,32 +24,13 @@ from tqdm import tqdm
 
 data = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(data))
-from common import char_tokenizer, find_tokenizer, new_dataset, on_all_cores, options
+from common import char_tokenizer, find_tokenizer, new_dataset, on_all_cores, options, read_options
 from dataset import gpt2_encoding, hf_tokenizer
 
 parser = options(__doc__)
-parser.add_argument('files', nargs='+', type=Path, help='UTF-8 text files, read in this order')
 parser.add_argument('--tokenizer', default='char',
                     help="what a token is: 'char', 'gpt2', or as in a folder with a tokenizer.json, or on the Hub (char)")
-parser.add_argument('--name', default='text', help='write the dataset to data/NAME (text)')
-parser.add_argument('--val_fraction', type=float, default=0.1,
-                    help='the share of the tokens, from the end, that goes to val (0.1)')
-parser.add_argument('--overwrite', action='store_true', help='replace a dataset that is in data/NAME')
-args = parser.parse_args()
-if not re.fullmatch(r'[\w.-]*\w', args.name):
-    parser.error(f'--name={args.name}: use a plain folder name, such as my_notes')
-if not 0 < args.val_fraction < 1:
-    parser.error(f'--val_fraction={args.val_fraction}: use a number between 0 and 1, such as 0.1')
-for path in args.files:
-    if path.is_dir():
-        parser.error(f'{path} is a folder: give its files, such as {path / "*.txt"}')
-    if not path.is_file():
-        parser.error(f'{path}: no such file')
-out = args.data_dir / args.name
-if args.name != 'text' and not args.overwrite:  # data/text is this script's own
-    for name, what in ('prepare.py', 'a prepare.py of its own'), ('val.bin', 'a dataset'):
-        if (out / name).exists():
-            parser.error(f'--name={args.name}: {out} has {what}; choose another name, or add --overwrite')
+args, out = read_options(parser, 'text')
 
 
 def can_cut(text, cut):
