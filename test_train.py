@@ -38,7 +38,7 @@ from dataset import (bytes_per_token, cut_chats, eval_starts, gpt2_encoding, hf_
 from devices import StopSignal
 from log import Log
 from model import GPTConfig
-from rundir import check_out_dir, clear_run, load_model, lock_out_dir, open_model, open_run, resume_config
+from rundir import check_out_dir, clear_run, commit, load_model, lock_out_dir, open_model, open_run, resume_config
 from test_model import bpe_files, numpy_gpt, numpy_qwen3
 
 HERE = Path(__file__).resolve().parent
@@ -188,7 +188,7 @@ def test_prepare_train_resume_and_sample(repo):
     assert '--- a sample at step 10' in out
     saved = json.loads((repo / 'out/config.json').read_text(encoding='utf-8'))
     assert saved['config']['n_embd'] == 16 and saved['tokenizer']['chars'] == ''.join(sorted(set(ROMEO)))
-    assert saved['command'].startswith('train.py --device=cpu --n_layer=1 ') and saved['commit'] == ''
+    assert saved['command'].startswith('train.py --device=cpu --n_layer=1 ') and 'commit' in saved
     assert (repo / 'out/loss.png').read_bytes().startswith(b'\x89PNG')
     rows = log_of(repo / 'out')
     assert [r['iter'] for r in rows if r['val_loss']] == ['0', '5', '10'] and sum(bool(r['loss']) for r in rows) == 13
@@ -211,6 +211,25 @@ def test_resuming_changes_nothing(repo, whole):
         out = resume(repo, 'parts', f'--max_iters={last}')
         assert [int(n) for n in re.findall(r'^iter (\d+)', out, re.MULTILINE)] == list(range(first, last + 1))
     assert_same_run(whole, repo / 'parts')
+
+
+@pytest.mark.skipif(not shutil.which('git'), reason='git is not installed')
+def test_a_run_knows_the_commit_of_its_code_and_whether_files_have_changed_since(tmp_path, monkeypatch):
+    git = lambda *args: subprocess.run(['git', '-c', 'user.name=x', '-c', 'user.email=x', *args], cwd=tmp_path,
+                                       check=True, capture_output=True, text=True).stdout.strip()
+    monkeypatch.setattr('rundir.__file__', str(tmp_path / 'rundir.py'))
+    monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
+    assert commit() == ''
+    (tmp_path / 'rundir.py').write_text('1')
+    git('init')
+    git('add', '.')
+    git('commit', '-m', 'one')
+    git('tag', 'v3')
+    assert commit() == git('rev-parse', 'HEAD')
+    (tmp_path / 'rundir.py').write_text('2')
+    assert commit() == git('rev-parse', 'HEAD') + '+'
+    monkeypatch.setenv('PATH', str(tmp_path))  # no git at all
+    assert commit() == ''
 
 
 def test_eval_only_writes_nothing_and_ends_with_a_line_for_other_programs(repo):
