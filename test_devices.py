@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 import devices
+import processes
 from conftest import start
 
 HERE = Path(__file__).resolve().parent
@@ -137,10 +138,10 @@ ALONE = '', 1, 0, None
 ])
 def test_a_cluster_tells_of_other_processes_and_one_alone_joins_nothing(monkeypatch, env, found):
     monkeypatch.setattr('os.environ', dict(env))
-    assert devices.find_others('', 1, 0) == found
-    assert devices.find_others('host:9', 3, 2)[:3] == ('host:9', 3, 2)
+    assert processes.find_others('', 1, 0) == found
+    assert processes.find_others('host:9', 3, 2)[:3] == ('host:9', 3, 2)
     if found == ALONE:
-        devices.join_processes()  # also where JAX has begun to compute, as when a notebook runs train.py once more
+        processes.join_processes()  # also where JAX has begun to compute, as when a notebook runs train.py once more
 
 
 def test_where_a_cluster_cannot_be_understood_a_process_trains_alone_after_a_warning(monkeypatch, capsys):
@@ -149,16 +150,17 @@ def test_where_a_cluster_cannot_be_understood_a_process_trains_alone_after_a_war
 
     monkeypatch.setitem(sys.modules, 'kubernetes', SimpleNamespace(config=SimpleNamespace(**locals())))
     monkeypatch.setenv('KUBERNETES_SERVICE_HOST', '10.0.0.1')
-    devices.join_processes()
+    processes.join_processes()
     warning = capsys.readouterr().err
     assert 'trains alone' in warning and 'RuntimeError: Service host' in warning and len(warning.splitlines()) == 1
 
 
 def test_a_process_whose_others_do_not_come_says_so_and_ends(tmp_path):
-    shutil.copy(HERE / 'devices.py', tmp_path)
-    (tmp_path / 'wait.py').write_text("""import devices, sys
+    for name in ('devices.py', 'processes.py'):
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / 'wait.py').write_text("""import processes, sys
 try:
-    devices.join_processes(sys.argv[1], 2, int(sys.argv[2]), patience=1)
+    processes.join_processes(sys.argv[1], 2, int(sys.argv[2]), patience=1)
 except (ValueError, RuntimeError) as e:
     print(e, file=sys.stderr)
     sys.exit(2)""")
@@ -166,12 +168,12 @@ except (ValueError, RuntimeError) as e:
         ports = [server.getsockname()[1] for server in (taken, s, t)]
         s.close()
         t.close()
-        processes = [start(tmp_path, 'wait.py', f'localhost:{port}', i) for port, i in zip(ports, (0, 0, 1))]
-        ends = [process.communicate(timeout=60)[1] for process in processes]
+        started = [start(tmp_path, 'wait.py', f'localhost:{port}', i) for port, i in zip(ports, (0, 0, 1))]
+        ends = [process.communicate(timeout=60)[1] for process in started]
     for err, message in zip(ends, ('process 0 cannot have this port', 'process 0 of 2 has waited for 1 s',
                                    'but process 0 is not there')):
         assert message in err and len(err.splitlines()) == 1, err
-    assert [process.returncode for process in processes] == [2, 2, 2]
+    assert [process.returncode for process in started] == [2, 2, 2]
 
 
 def test_processes_with_other_settings_or_files_are_refused_and_the_differences_named(monkeypatch, tmp_path):
@@ -180,8 +182,8 @@ def test_processes_with_other_settings_or_files_are_refused_and_the_differences_
     sent = []
 
     def check(**changes):
-        monkeypatch.setattr(devices, 'process_allgather', lambda mine: sent.append(mine) or np.stack([sent[0], mine]))
-        devices.check_alike(settings | changes, (tmp_path, '*.bin'))
+        monkeypatch.setattr(processes, 'process_allgather', lambda mine: sent.append(mine) or np.stack([sent[0], mine]))
+        processes.check_alike(settings | changes, (tmp_path, '*.bin'))
 
     (tmp_path / 'train.bin').write_bytes(b'1234')
     check()

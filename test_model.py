@@ -89,7 +89,7 @@ def train(config, batch_of, steps, lr=1e-2, weight_decay=0.0):
 # What each room may import, from the bottom up: nothing that stands below it here. The scripts may import all of them.
 ROOMS = {'kernels': set(), 'chips': set(), 'devices': set(), 'dataset': set(), 'hf': {'dataset'}, 'model': set(),
          'optim': set(), 'lora': set(), 'engine': {'model'}, 'step': {'model', 'devices', 'lora'},
-         'checkpoints': {'dataset'}, 'log': {'checkpoints'},
+         'processes': {'devices'}, 'checkpoints': {'dataset'}, 'log': {'checkpoints', 'dataset'},
          'rundir': {'checkpoints', 'step', 'model', 'hf', 'dataset', 'devices', 'lora'}}
 
 

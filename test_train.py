@@ -35,7 +35,7 @@ from checkpoints import Checkpoints, RunError, check_arrays, damaged_file, find_
 from conftest import run, start
 from dataset import (bytes_per_token, cut_chats, eval_starts, gpt2_encoding, hf_meta, open_dataset, read_meta, sequences,
                      token_bytes, token_ids, tokenizer)
-from devices import StopSignal
+from processes import StopSignal
 from log import Log
 from model import GPTConfig
 from rundir import check_out_dir, clear_run, commit, load_model, lock_out_dir, open_model, open_run, resume_config

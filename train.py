@@ -107,13 +107,13 @@ import lora
 from checkpoints import NO_BEST, Checkpoints, RunError, find_step, is_finished, save_base
 from dataset import (bytes_per_token, cut_chats, dataset_name, eval_starts, in_cloud, load_batch, micro_batches,
                      open_dataset, padded, sequences, token_ids, tokenizer, train_starts, vocabulary)
-from devices import (StopSignal, best_dtype, check_alike, check_shared, choose_kernels, compile_for, find_devices,
-                     join_processes, keep_compiled, make_mesh, memory_errors, only_process_0_prints, profiled,
-                     side_by_side)
+from devices import (best_dtype, choose_kernels, compile_for, find_devices, keep_compiled, make_mesh, memory_errors,
+                     profiled, side_by_side)
 from engine import generate
 from log import Log, log_in_to_wandb, start_wandb
 from model import GPTConfig, build
 from optim import get_lr, make_optimizer
+from processes import StopSignal, check_alike, check_shared, join_processes, only_process_0_prints
 from rundir import (adopt_shape, check_out_dir, clear_run, lock_out_dir, open_model, resume_config, resume_or,
                     save_config)
 from step import (Setup, abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu,
