@@ -290,7 +290,7 @@ def set_aside(out_dir, step, later, best):
     aside = out_dir / f'later-than-{step}-{time.time():.0f}'
     (aside / 'checkpoints').mkdir(parents=True)
     (aside / 'checkpoints/.keep').write_text('')  # in the cloud, a folder is what has a file in it
-    for name in ('config.json', 'log.csv', 'tokenizer.json', 'base'):
+    for name in ('config.json', 'log.csv', 'tokenizer.json', 'base', 'hf'):
         copy(out_dir / name, aside / name)
     if best in later:
         (out_dir / 'best.json').rename(aside / 'best.json')

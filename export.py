@@ -1,10 +1,11 @@
 """
 Writes a model that train.py has trained as a Hugging Face directory, which transformers, vLLM and lm-eval load: a
-GPT-2, or a Qwen3 for arch = 'qwen3'.
+GPT-2, a Qwen3, a Qwen2 or a Llama, as its arch says.
 
     python export.py --out_dir=out-shakespeare --hf_dir=hf-shakespeare
 
-LoRA's adapters are merged into the weights, and rows that only pad the vocabulary are left out.
+LoRA's adapters are merged into the weights, and rows that only pad the vocabulary are left out. What a run that began
+with a model of Hugging Face's does not change, such as the tokenizer, comes out as it came in.
 `--init_from=hf-shakespeare` brings the model back, bit for bit.
 """
 import os
@@ -38,8 +39,9 @@ with refuse(ValueError, OSError):
     find_devices('cpu')
     config, meta, read = open_run(out_dir, checkpoint)
     files = hf.export_files(config, meta, dtype)
-    tensors = hf.file_tensors(read(), config, meta['vocab_size'], dtype)
+    vocab_size = files['config.json']['vocab_size']
+    tensors = hf.file_tensors(read(), config, vocab_size, dtype)
 with refuse(OSError, code=1):
     hf.write_directory(hf_dir, files, tensors)
 print(f'{hf_dir}: {sum(x.size for x in tensors.values()):,} parameters in {dtype}, '
-      f'{sum(x.nbytes for x in tensors.values()) / 1e6:.1f} MB, {meta["vocab_size"]:,} tokens')
+      f'{sum(x.nbytes for x in tensors.values()) / 1e6:.1f} MB, {vocab_size:,} tokens')

@@ -4,6 +4,7 @@ config fields and named tensors. The caller says which arrays it wants.
 """
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,37 +12,60 @@ import jax
 import numpy as np
 from flax.nnx.traversals import flatten_mapping
 
-from dataset import gpt2_vocabulary, read_json
+from dataset import as_path, gpt2_vocabulary, read_json
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+# what a run that starts from a model keeps beside the tokenizer.json, so that its export can give it back as it came
+SMALL_FILES = ('config.json', 'generation_config.json', 'tokenizer_config.json', 'special_tokens_map.json',
+               'added_tokens.json', 'chat_template.jinja', 'vocab.json', 'merges.txt', 'tokenizer.model')
+WEIGHTS = ('model.safetensors', 'model-*.safetensors', 'model.safetensors.index.json')
 
 # -----------------------------------------------------------------------------
 # in
 
 
-def download_gpt2(name):
-    """The folder of one of GPT2, downloaded the first time. Raises ValueError if that fails."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    repo, files = f'openai-community/{name}', ('config.json', 'model.safetensors')
+def is_name(source):
+    """Whether a model is named as on the hub, rather than by its path."""
+    return source in GPT2 or bool(re.fullmatch(r'[\w.-]+/[\w.-]+', str(source))) and not os.path.exists(source)
+
+
+def download(name):
+    """The folder of a model of the hub, one of GPT2 or such as 'Qwen/Qwen3-0.6B', downloaded the first time. Raises
+    ValueError if that fails."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
+    repo = f'openai-community/{name}' if name in GPT2 else name
     for cached in (True, False):
         try:
-            if not cached:  # without a network this fails at once; hf_hub_download tries longer
-                get_hf_file_metadata(hf_hub_url(repo, files[0]))
-            paths = [hf_hub_download(repo, file, local_files_only=cached) for file in files]
-            return Path(paths[0]).parent
-        except Exception as e:  # an error of the hub, of its HTTP library, or of the disk
-            reason = type(e).__name__
-    raise ValueError(f'{name} cannot be downloaded ({reason}): put {" and ".join(files)} of '
-                     f'https://huggingface.co/{repo}/tree/main into a folder and give its path instead')
+            if not cached:  # without a network this fails at once; snapshot_download tries longer
+                get_hf_file_metadata(hf_hub_url(repo, 'config.json'))
+            for files in (('tokenizer.json', *SMALL_FILES), WEIGHTS):  # the weights come last: where they are, all is
+                folder = Path(snapshot_download(repo, allow_patterns=[*files], local_files_only=cached))
+            weight_files(folder)
+            return folder
+        except Exception as e:  # an error of the hub, of its HTTP library, or of the disk; or weights are missing
+            reason = str(e) if type(e) is ValueError else type(e).__name__
+    raise ValueError(f"{name} cannot be downloaded ({reason}): put config.json and model.safetensors of "
+                     f'https://huggingface.co/{repo}/tree/main, and its tokenizer, into a folder and give its path '
+                     'instead')
 
 
 # how Hugging Face's files call the fields of a GPTConfig
-NAMES = {
-    'gpt2': {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer', 'n_head': 'n_head',
-             'n_embd': 'n_embd', 'n_inner': 'n_inner', 'bias': 'bias'},
-    'qwen3': {'block_size': 'max_position_embeddings', 'vocab_size': 'vocab_size', 'n_layer': 'num_hidden_layers',
-              'n_head': 'num_attention_heads', 'n_embd': 'hidden_size', 'n_inner': 'intermediate_size',
-              'rope_theta': 'rope_theta'}}
+ROTARY = {'block_size': 'max_position_embeddings', 'vocab_size': 'vocab_size', 'n_layer': 'num_hidden_layers',
+          'n_head': 'num_attention_heads', 'n_embd': 'hidden_size', 'n_inner': 'intermediate_size',
+          'n_kv_head': 'num_key_value_heads', 'head_dim': 'head_dim', 'norm_eps': 'rms_norm_eps',
+          'tied': 'tie_word_embeddings', 'rope_theta': 'rope_theta'}
+NAMES = {'gpt2': {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer', 'n_head': 'n_head',
+                  'n_embd': 'n_embd', 'n_inner': 'n_inner', 'norm_eps': 'layer_norm_epsilon',
+                  'tied': 'tie_word_embeddings', 'bias': 'bias'},
+         'qwen3': ROTARY, 'qwen2': ROTARY, 'llama': ROTARY}
+LLAMA3 = {'rope_factor': 'factor', 'rope_context': 'original_max_position_embeddings'}
+TYPES = {'norm_eps': float, 'tied': bool, 'rope_theta': float, 'rope_factor': float, 'bias': bool}  # the rest: int
+# what a file that leaves it out means; None is our 0
+LEFT_OUT = {'gpt2': {'n_inner': None, 'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True, 'bias': True},
+            'llama': {'num_key_value_heads': None, 'head_dim': None, 'rms_norm_eps': 1e-6, 'tie_word_embeddings': False,
+                      'rope_theta': 1e4}}
+LEFT_OUT['qwen2'] = LEFT_OUT['llama'] | {'num_key_value_heads': 32}
+LEFT_OUT['qwen3'] = LEFT_OUT['qwen2'] | {'head_dim': 128}
 
 
 def read_config(folder):
@@ -51,47 +75,40 @@ def read_config(folder):
     theirs = read_json(path)
     arch = theirs.get('model_type', 'gpt2')
     if arch not in [*NAMES]:  # it may be anything
-        raise ValueError(f'{path}: model_type = {arch!r}: this GPT has {" and ".join(NAMES)} only')
-    if arch == 'gpt2':
-        theirs = {'bias': True} | theirs | {'n_inner': theirs.get('n_inner') or 0}
-    else:  # rope_theta has a newer and an older place
-        rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f'{path}: rope_parameters = {rope!r} is not an object')
-        theirs |= rope
-    fields = {}
-    for key, name in NAMES[arch].items():
+        raise ValueError(f'{path}: model_type = {arch!r}: this GPT has {", ".join(NAMES)} only')
+    rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}  # a newer and an older name
+    if not isinstance(rope, dict):
+        raise ValueError(f'{path}: rope_parameters = {rope!r} is not an object')
+    theirs = LEFT_OUT[arch] | theirs | rope
+    is_llama3 = 'llama3' in (theirs.get('rope_type'), theirs.get('type'))
+    fields = {'arch': arch}
+    for key, name in (NAMES[arch] | (LLAMA3 if is_llama3 else {})).items():
         if name not in theirs:
             raise ValueError(f'{path} lacks {name!r}, which {arch} has')
-        if type(theirs[name]) not in {'bias': [bool], 'rope_theta': [int, float]}.get(key, [int]):
-            raise ValueError(f'{path}: {name} = {theirs[name]!r} is not a number')
-        fields[key] = theirs[name]
-    ours = {'tie_word_embeddings': [True], 'quantization_config': [None]}
+        value, kind = theirs[name], TYPES.get(key, int)
+        if value is None and name in LEFT_OUT[arch]:
+            value = 0
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            what = 'true or false' if kind is bool else 'a number'
+            raise ValueError(f'{path}: {name} = {value!r} is not {what}')
+        fields[key] = kind(value)
+    ours = {'quantization_config': [None]}
     if arch == 'gpt2':
-        ours |= {'activation_function': ['gelu_new', 'gelu_pytorch_tanh'], 'layer_norm_epsilon': [1e-5],
-                 'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
-                 'add_cross_attention': [False]}
-    else:  # what a file leaves out has Qwen3's own default
-        theirs = {'tie_word_embeddings': False, 'num_key_value_heads': 32, 'head_dim': 128} | theirs
-        ours |= {'hidden_act': ['silu'], 'rms_norm_eps': [1e-6], 'attention_bias': [False],
-                 'num_key_value_heads': [fields['n_head']], 'use_sliding_window': [False],
-                 'head_dim': [fields['n_embd'] // max(fields['n_head'], 1)],
-                 'rope_type': ['default'], 'type': ['default']}
-        fields['rope_theta'] = float(fields['rope_theta'])
+        ours |= {'activation_function': ['gelu_new', 'gelu_pytorch_tanh'], 'scale_attn_weights': [True],
+                 'scale_attn_by_inverse_layer_idx': [False], 'add_cross_attention': [False]}
+    else:
+        ours |= {'hidden_act': ['silu'], 'attention_bias': [False], 'mlp_bias': [False], 'use_sliding_window': [False],
+                 'rope_type': ['default', 'llama3'], 'type': ['default', 'llama3'], 'low_freq_factor': [1],
+                 'high_freq_factor': [4], 'partial_rotary_factor': [1], 'rope_interleaved': [False]}
     for key, values in ours.items():
         value = theirs.get(key, values[0])
         if value not in values:
-            raise ValueError(f'{path}: {key} = {value!r}: this GPT has {values[0]!r} only')
-    return {'arch': arch} | fields
+            raise ValueError(f'{path}: {key} = {value!r}: this GPT has {" or ".join(map(repr, values))} only')
+    return fields
 
 
-def open_pretrained(name_or_directory):
-    """(fields, tensors) of one of GPT2 or of a directory with a GPT-2 or a Qwen3: the fields of its GPTConfig, and
-    tensors by name, which are read only where they are sliced. Raises ValueError if files are missing or damaged."""
-    from safetensors import SafetensorError, safe_open
-    is_name = name_or_directory in GPT2
-    folder = download_gpt2(name_or_directory) if is_name else Path(name_or_directory)
-    fields = read_config(folder)
+def weight_files(folder):
+    """The names of a folder's safetensors. Raises ValueError if one of them is missing."""
     files = ['model.safetensors']
     if (index := folder / 'model.safetensors.index.json').exists():
         where = read_json(index).get('weight_map')
@@ -105,35 +122,50 @@ def open_pretrained(name_or_directory):
                 'is: python -c "from transformers import *; '
                 f'AutoModelForCausalLM.from_pretrained(\'{folder}\').save_pretrained(\'{folder}\')"')
         raise ValueError(f'{folder} lacks {missing}')
-    tensors = {}
-    for file in files:
+    return files
+
+
+def open_pretrained(folder):
+    """(fields, tensors) of a folder with one of NAMES: the fields of its GPTConfig, and tensors by name, which are read
+    only where they are sliced. Raises ValueError if files are missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+    fields, tensors = read_config(folder), {}
+    for file in weight_files(folder):
         try:
             opened = safe_open(folder / file, framework='numpy')
         except SafetensorError as e:
             raise ValueError(f'{folder / file} is damaged ({e})') from None
         for key in opened.keys():
             tensors[key.removeprefix('transformer.').removeprefix('model.')] = opened.get_slice(key)
+    # export.py writes zeros where our model has no biases, and says so. Trained with transformers, they are some
+    if not fields.get('bias', True):
+        fields['bias'] = any(name.endswith('.bias') and len(x.get_shape()) == 1 and np.any(x[:])
+                             for name, x in tensors.items())
     return fields, tensors
 
 
-# which tensors of a Qwen3 a parameter of ours is
-QWEN3 = {'wte': ['embed_tokens'], 'ln_f': ['norm'], 'ln_1': ['input_layernorm'],
+# which tensors of a Qwen3, a Qwen2 or a Llama a parameter of ours is
+PARTS = {'wte': ['embed_tokens'], 'lm_head': ['lm_head'], 'ln_f': ['norm'], 'ln_1': ['input_layernorm'],
          'ln_2': ['post_attention_layernorm'], 'attn.q_norm': ['self_attn.q_norm'],
          'attn.k_norm': ['self_attn.k_norm'], 'attn.c_proj': ['self_attn.o_proj'],
          'attn.c_attn': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
+         'attn.c_q': ['self_attn.q_proj'], 'attn.c_kv': ['self_attn.k_proj', 'self_attn.v_proj'],
          'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'], 'mlp.c_proj': ['mlp.down_proj']}
 
 
 def in_file(path, shape, arch):
     """Where a file has the parameter at `path`, such as ('h', 0, 'attn', 'c_attn', 'weight'): names and shapes. GPT-2
-    has c_attn (C, 3, C) as (C, 3C). Qwen3 has it as three tensors, and matrices (in, out) as (out, in)."""
+    has c_attn (C, 3, C) as (C, 3C). The others have it as three tensors, and matrices (in, out) as (out, in)."""
     name = '.'.join(map(str, path))
     if arch == 'gpt2':
         return {name: [*shape[:-2], shape[-2] * shape[-1]] if '.c_attn.' in name else [*shape]}
     layer = f'layers.{path[1]}.' if path[0] == 'h' else ''
-    names = QWEN3['.'.join(path[2:-1] if layer else path[:-1])]
-    shape = [shape[-1], shape[0]] if layer and len(shape) > 1 else [*shape]
-    return {f'{layer}{name}.weight': shape for name in names}
+    names = PARTS['.'.join(path[2:-1] if layer else path[:-1])]
+    if path[-1] == 'bias':
+        shape = shape[-1:]
+    elif layer and len(shape) > 1:
+        shape = shape[-1], shape[0]
+    return {f'{layer}{name}.{path[-1]}': [*shape] for name in names}
 
 
 def check_tensors(tensors, wanted, fields, source):
@@ -149,10 +181,11 @@ def check_tensors(tensors, wanted, fields, source):
     [embedding] = in_file(('wte', 'weight'), (0, 0), fields['arch'])
     for name in sorted(tensors.keys() - wanted.keys()):
         if name == 'lm_head.weight' and not np.array_equal(tensors[name][:], tensors[embedding][:]):
-            raise ValueError(f'{source}: lm_head.weight is not {embedding}: this GPT has one matrix for both')
-        # allowed leftovers: the causal mask and the tied head of old files; zero biases that export.py wrote
+            raise ValueError(f'{source}: lm_head.weight is not {embedding}, but its config.json says '
+                             'tie_word_embeddings = True')
+        # allowed leftovers: masks, tied heads and rotary speeds of old files; zero biases that export.py wrote
         zero = name.endswith('.bias') and not fields.get('bias') and not np.any(tensors[name][:])
-        old = name == 'lm_head.weight' or name.endswith(('.attn.bias', '.attn.masked_bias'))
+        old = name == 'lm_head.weight' or name.endswith(('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'))
         if not (zero or old):
             raise ValueError(f'{source} has a tensor that is not of this model: {name}')
 
@@ -169,15 +202,17 @@ def read_params(tensors, wanted, arch='gpt2'):
 
         def part(index):
             index = tuple(slice(*s.indices(n)) for s, n in zip(index, x.shape))
-            if arch == 'qwen3' and x.ndim == 3:
+            if len(parts) > 1 and path[-1] == 'bias':
+                part = np.stack([bias[index[1]] for bias in parts[index[0]]])
+            elif len(parts) > 1:
                 part = np.stack([matrix[index[2], index[0]].T for matrix in parts[index[1]]], 1)
-            elif arch == 'qwen3' and path[0] == 'h' and x.ndim == 2:
+            elif arch != 'gpt2' and path[0] == 'h' and x.ndim == 2:
                 part = parts[0][index[::-1]].T
             elif len(shape) == x.ndim:
                 part = parts[0][index]
             else:
                 part = parts[0][:].reshape(x.shape)[index]
-            return np.asarray(part, np.float32)
+            return np.asarray(part, x.dtype)
 
         sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.make_array_from_callback(x.shape, sharding, part)
@@ -213,64 +248,94 @@ def tokenizer_json(kind, chars='', name=''):
 
 
 def file_tensors(params, config, vocab_size, dtype):
-    """Parameters as the tensors of a GPT2LMHeadModel or a Qwen3ForCausalLM: without the rows that pad the vocabulary.
+    """Parameters as the tensors of Hugging Face's class for config.arch: without the rows that pad the vocabulary.
     GPT-2 gets biases of zero where our model has none."""
     tensors = {}
     arch = config.arch
     for path, x in flatten_mapping(params).items():
-        x = np.asarray(x)[:vocab_size if path[0] == 'wte' else None].astype(jax.numpy.dtype(dtype), copy=False)
+        rows = vocab_size if path[0] in ('wte', 'lm_head') else None
+        x = np.asarray(x)[:rows].astype(jax.numpy.dtype(dtype), copy=False)
         names = in_file(path, x.shape, arch)
         for i, (name, shape) in enumerate(names.items()):
-            part = x[:, i] if len(names) > 1 else x
-            transposed = arch == 'qwen3' and path[0] == 'h' and part.ndim == 2
+            part = x[..., i, :] if len(names) > 1 else x
+            transposed = arch != 'gpt2' and path[0] == 'h' and part.ndim == 2
             tensors[name] = np.ascontiguousarray(part.T if transposed else part.reshape(shape))
-        if arch == 'gpt2' and not config.bias and path[0] not in ('wte', 'wpe'):
+        if arch == 'gpt2' and not config.bias and path[0] not in ('wte', 'wpe', 'lm_head'):
             tensors[name.replace('weight', 'bias')] = np.zeros(shape[-1:], x.dtype)
-    prefix = {'gpt2': 'transformer', 'qwen3': 'model'}[arch]
-    return {f'{prefix}.{name}': x for name, x in tensors.items()}
+    prefix = 'transformer.' if arch == 'gpt2' else 'model.'
+    return {name if name == 'lm_head.weight' else prefix + name: x for name, x in tensors.items()}
 
 
 def gpt2_config(config):
     """What the config.json of a GPT2LMHeadModel says about a GPTConfig."""
     return {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'n_positions': config.block_size,
             'n_ctx': config.block_size, 'n_embd': config.n_embd, 'n_layer': config.n_layer, 'n_head': config.n_head,
-            'n_inner': config.n_inner or None, 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
-            'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout,
-            'bias': config.bias}  # for read_config()
+            'n_inner': config.n_inner or None, 'activation_function': 'gelu_new',
+            'layer_norm_epsilon': config.norm_eps or 1e-5, 'resid_pdrop': config.dropout,
+            'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout, 'bias': config.bias}  # for read_config()
 
 
-def qwen3_config(config):
-    """The same for a Qwen3ForCausalLM. Its own defaults are other ones, so all fields are there, and rope's theta is in
-    its newer and its older place."""
-    return {'architectures': ['Qwen3ForCausalLM'], 'model_type': 'qwen3',
+def rotary_config(config):
+    """The same for a Qwen3ForCausalLM, a Qwen2ForCausalLM or a LlamaForCausalLM. Their own defaults are other ones, so
+    all fields are there, and those of rope in their newer and in their older places."""
+    rope = {'rope_type': 'default'}
+    if config.rope_factor != 1:
+        rope = {'rope_type': 'llama3', 'factor': config.rope_factor, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+                'original_max_position_embeddings': config.rope_context}
+    return {'architectures': [f'{config.arch.capitalize()}ForCausalLM'], 'model_type': config.arch,
             'max_position_embeddings': config.block_size, 'hidden_size': config.n_embd,
             'num_hidden_layers': config.n_layer, 'num_attention_heads': config.n_head,
-            'num_key_value_heads': config.n_head, 'head_dim': config.n_embd // config.n_head,
-            'intermediate_size': config.mlp_width, 'hidden_act': 'silu', 'rms_norm_eps': 1e-6,
-            'rope_parameters': {'rope_type': 'default', 'rope_theta': config.rope_theta},
-            'rope_theta': config.rope_theta, 'rope_scaling': None, 'attention_bias': False, 'attention_dropout': 0.0,
-            'use_sliding_window': False, 'sliding_window': None, 'max_window_layers': config.n_layer,
-            'layer_types': ['full_attention'] * config.n_layer, 'initializer_range': 0.02, 'use_cache': True}
+            'num_key_value_heads': config.n_kv_head or config.n_head, 'head_dim': config.head_size,
+            'intermediate_size': config.mlp_width, 'hidden_act': 'silu', 'rms_norm_eps': config.norm_eps or 1e-6,
+            'rope_parameters': rope | {'rope_theta': config.rope_theta}, 'rope_theta': config.rope_theta,
+            'rope_scaling': rope if config.rope_factor != 1 else None, 'attention_bias': False, 'mlp_bias': False,
+            'attention_dropout': 0.0, 'use_sliding_window': False, 'sliding_window': None,
+            'max_window_layers': config.n_layer, 'layer_types': ['full_attention'] * config.n_layer,
+            'initializer_range': 0.02, 'use_cache': True}
+
+
+def export_config(config, theirs, vocab_size, dtype):
+    """The config.json of an export. `theirs` is that of the model that a run started from, {} for none: what training
+    does not change stays as it was. Raises ValueError if transformers has no such model."""
+    if config.arch not in NAMES:
+        raise ValueError(f'arch = {config.arch!r}: transformers has no class for it, only for {", ".join(NAMES)}')
+    if config.arch == 'gpt2' and (config.n_kv_head or config.head_dim):
+        raise ValueError(f'n_kv_head = {config.n_kv_head}, head_dim = {config.head_dim}: transformers has neither in '
+                         "its GPT-2; it has them in its class for arch = 'llama'")
+    ours = (gpt2_config if config.arch == 'gpt2' else rotary_config)(config)
+    if config.arch == 'gpt2':
+        changed = {key: ours[key] for key in ('n_positions', 'n_ctx', 'bias')}
+    else:  # it still is a model for as many positions, even if it saw fewer
+        length = 'max_position_embeddings'
+        changed = {length: max(ours[length], theirs.get(length, 0))}
+    changed |= {'torch_dtype': dtype, 'dtype': dtype}
+    return ours | {'vocab_size': vocab_size, 'tie_word_embeddings': config.tied} | theirs | changed
 
 
 def export_files(config, meta, dtype):
-    """The JSON files of an export, by name, for a GPTConfig and the meta of its dataset."""
-    tokens, end = tokenizer_json(**meta['tokenizer'])
-    eot = tokens['model']['vocab'].get(end)
-    special = {'bos_token_id': eot, 'eos_token_id': eot}
-    of_model = {'gpt2': gpt2_config, 'qwen3': qwen3_config}[config.arch](config)
-    tokenizer = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': config.block_size,
-                 # else transformers 4 adds token types, i.e. rows of wte, to the text
-                 'model_input_names': ['input_ids', 'attention_mask'], 'clean_up_tokenization_spaces': False}
-    return {'config.json': of_model | {'vocab_size': meta['vocab_size'], 'tie_word_embeddings': True,
-                                       'torch_dtype': dtype, **special},
-            'generation_config.json': special, 'tokenizer.json': tokens,
-            'tokenizer_config.json': tokenizer | ({'bos_token': end, 'eos_token': end} if end else {}),
-            'meta.json': {key: meta[key] for key in ('vocab_size', 'tokenizer')}}
+    """The small files of an export, by name, for a GPTConfig and the meta that open_model() gives: bytes, or what a
+    JSON file says. Raises ValueError where transformers has no such model or tokenizer."""
+    folder, tokenizer = as_path(meta['folder']), meta['tokenizer']
+    kept = {name: (folder / name).read_bytes() for name in SMALL_FILES if (folder / name).exists()}
+    theirs = read_json(folder / 'config.json') if 'config.json' in kept else {}
+    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': config.block_size,
+                # else transformers 4 adds token types, i.e. rows of wte, to the text
+                'model_input_names': ['input_ids', 'attention_mask'], 'clean_up_tokenization_spaces': False}
+    if tokenizer['kind'] == 'hf':  # as it came
+        special = {f'{name}_token': tokenizer[name] for name in ('bos', 'eos') if name in tokenizer}
+        files = {'tokenizer_config.json': settings | special} | kept
+        files['tokenizer.json'] = as_path(tokenizer['file']).read_bytes()
+    else:
+        tokens, end = tokenizer_json(**tokenizer)
+        eot = tokens['model']['vocab'].get(end)
+        files = {'generation_config.json': {'bos_token_id': eot, 'eos_token_id': eot}, 'tokenizer.json': tokens,
+                 'tokenizer_config.json': settings | ({'bos_token': end, 'eos_token': end} if end else {}),
+                 'meta.json': {key: meta[key] for key in ('vocab_size', 'tokenizer')}}
+        theirs |= files['generation_config.json']
+    return files | {'config.json': export_config(config, theirs, meta['vocab_size'], dtype)}
 
 
-EXPORT = {'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'meta.json',
-          'model.safetensors'}
+EXPORT = {*SMALL_FILES, 'tokenizer.json', 'meta.json', 'model.safetensors'}
 
 
 def write_directory(folder, files, tensors):
@@ -283,7 +348,9 @@ def write_directory(folder, files, tensors):
     try:
         new.mkdir(parents=True)
         for name, content in files.items():
-            (new / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding='utf-8')
+            if not isinstance(content, bytes):
+                content = json.dumps(content, indent=1, ensure_ascii=False).encode()
+            (new / name).write_bytes(content)
         save_file(tensors, new / 'model.safetensors', metadata={'format': 'pt'})
         # save_file() makes a file that only its owner may read
         shutil.copymode(new / 'config.json', new / 'model.safetensors')

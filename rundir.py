@@ -6,6 +6,7 @@ tokenizer.json a copy of the tokenizer, if it is a Hugging Face one
 checkpoints/   N/ is the state after N iterations, written by Orbax: the latest two, the best, every keep_interval-th
 best.json      which checkpoint has the best validation loss
 base/          with LoRA, the frozen parameters, written once; the checkpoints hold only the adapters
+hf/            of a model that came from Hugging Face: its config.json and the small files of its tokenizer
 log.csv        a row for each logged iteration and each evaluation
 loss.png       the same as a picture
 lock           held by the process that trains
@@ -74,7 +75,7 @@ def clear_run(out_dir):
             for path in (folder / 'checkpoints').iterdir():
                 if re.match(r'\d+($|\.orbax-)', path.name):
                     remove(path)
-        for name in ('best.json', 'log.csv', 'loss.png', 'base', 'tokenizer.json', 'config.json'):
+        for name in ('best.json', 'log.csv', 'loss.png', 'base', 'tokenizer.json', 'hf', 'config.json'):
             remove(folder / name)
     sync_global_devices('cleared')
 
@@ -104,7 +105,7 @@ def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):
         if wrong and not eval_only:
             raise OSError(number, os.strerror(number), out_dir)
     exists = lambda path: os.path.lexists(path) or path.exists()
-    names = ('config.json', 'best.json', 'log.csv', 'loss.png', 'checkpoints', 'base', 'tokenizer.json')
+    names = ('config.json', 'best.json', 'log.csv', 'loss.png', 'checkpoints', 'base', 'tokenizer.json', 'hf')
     found = [name for name in names if exists(folder / name) and not is_empty_folder(folder / name)]
     if found and init_from != 'resume' and not eval_only:
         if not is_run(folder):
@@ -113,7 +114,7 @@ def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):
         if not overwrite:
             raise ValueError(f'{out_dir} holds a run: go on with it (--init_from=resume), replace it '
                              '(--overwrite=True), or name another --out_dir')
-    is_path = init_from not in ('scratch', 'resume', *hf.GPT2)
+    is_path = init_from not in ('scratch', 'resume') and not hf.is_name(init_from)
     if is_path and os.path.realpath(init_from) == os.path.realpath(out_dir):
         raise ValueError(f'init_from = {init_from!r} is out_dir, too: a run cannot replace the one that it starts from')
 
@@ -228,6 +229,14 @@ def save_config(out_dir, config, model_args, meta):
     write(os.path.join(out_dir, 'config.json'), json.dumps(run, indent=1))
 
 
+def keep_small_files(out_dir, folder):
+    """Copies what a model's folder has beside its weights and tokenizer.json to out_dir/hf."""
+    for name in hf.SMALL_FILES:
+        if (as_path(folder) / name).exists():
+            (as_path(out_dir) / 'hf').mkdir(exist_ok=True)
+            write(os.path.join(out_dir, 'hf', name), (as_path(folder) / name).read_bytes())
+
+
 # -----------------------------------------------------------------------------
 # models
 
@@ -248,20 +257,24 @@ def read_tokenizer(folder, config):
 
 
 def open_model(source, checkpoint='best'):
-    """(config, meta, read) of a run directory, of 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or of a folder in
-    their format: the GPTConfig, a dict with vocab_size and tokenizer, and a function that reads the parameters.
-    read(block_size, place) can take fewer positions, and place() gives abstract parameters their shardings. Raises
-    ValueError."""
-    folder = as_path(source)
-    if source not in hf.GPT2:
-        check_not_nanogpts(folder)
-        if not (folder / 'config.json').is_file():
-            raise ValueError(f"init_from = {str(source)!r}: there is no {folder / 'config.json'}, and it is none of "
-                             f"{', '.join(hf.GPT2)}")
-        if 'model_args' in read_json(folder / 'config.json'):
-            return open_run(source, checkpoint)
-    fields, tensors = hf.open_pretrained(source)
-    config = GPTConfig(**fields)
+    """(config, meta, read) of a run directory, of a model of the hub, such as 'gpt2' or 'Qwen/Qwen3-0.6B', or of a
+    folder in their format: the GPTConfig, a dict with vocab_size, tokenizer and the folder of the model's small files,
+    and a function that reads the parameters. read(block_size, place) can take fewer positions, and place() gives
+    abstract parameters their shardings. Raises ValueError."""
+    folder = hf.download(source) if hf.is_name(source) else as_path(source)
+    check_not_nanogpts(folder)
+    if not (folder / 'config.json').is_file():
+        why = f"and it is none of {', '.join(hf.GPT2)} and no name such as Qwen/Qwen3-0.6B"
+        if (folder / 'adapter_config.json').exists():
+            why = 'only adapters of PEFT: save what its merge_and_unload() returns'
+        raise ValueError(f"init_from = {str(source)!r}: there is no {folder / 'config.json'}, {why}")
+    if 'model_args' in read_json(folder / 'config.json'):
+        return open_run(source, checkpoint)
+    fields, tensors = hf.open_pretrained(folder)
+    try:
+        config = GPTConfig(**fields)
+    except ValueError as e:
+        raise ValueError(f"{folder / 'config.json'}: {e}") from None
     hf.check_tensors(tensors, abstract_params(config), fields, source)
     meta = GPT2_META if source in hf.GPT2 else read_tokenizer(folder, config)
     if meta['vocab_size'] > config.vocab_size:
@@ -272,7 +285,7 @@ def open_model(source, checkpoint='best'):
         wanted = replace(config, block_size=block_size or config.block_size)
         return hf.read_params(tensors, place(abstract_params(wanted)), config.arch)
 
-    return config, meta, read
+    return config, meta | {'folder': str(folder)}, read
 
 
 def open_run(out_dir, checkpoint='best'):
@@ -315,7 +328,7 @@ def open_run(out_dir, checkpoint='best'):
         where = jax.tree.map(lambda x: x.sharding, result)
         return jax.jit(merge_and_crop, out_shardings=where)(params)
 
-    return replace(config, lora_rank=0), saved, read
+    return replace(config, lora_rank=0), saved | {'folder': str(out_dir / 'hf')}, read
 
 
 def load_model(source, checkpoint='best', **changes):

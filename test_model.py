@@ -134,35 +134,50 @@ def numpy_gpt(p, idx, n_head):
     return np.stack(out)
 
 
-def numpy_qwen3(tensors, hf_config, idx):
-    """Qwen3's forward pass in NumPy, one sequence at a time, from its own files: its paper's formulas, its names of
-    tensors, matrices as (out, in)."""
+def numpy_rotary(tensors, hf_config, idx):
+    """The forward pass of a Qwen3, a Qwen2 or a Llama in NumPy, one sequence at a time, from its own files: its papers'
+    formulas, its names of tensors, matrices as (out, in)."""
     def norm(x, weight):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + hf_config['rms_norm_eps']) * weight
 
-    def turn(x, theta=hf_config['rope_parameters']['rope_theta']):
+    rope = hf_config['rope_parameters']
+    speeds = rope['rope_theta'] ** -np.linspace(0, 1, hf_config['head_dim'] // 2, endpoint=False)
+    if rope['rope_type'] == 'llama3':
+        turns = rope['original_max_position_embeddings'] * speeds / (2 * math.pi)
+        low, high = rope['low_freq_factor'], rope['high_freq_factor']
+        smooth = (turns - low) / (high - low)
+        slow = speeds / rope['factor']
+        speeds = np.where(turns < low, slow, np.where(turns > high, speeds, (1 - smooth) * slow + smooth * speeds))
+        assert (turns < low).any() and (turns > high).any() and ((turns > low) & (turns < high)).any()
+
+    def turn(x):
         pairs = x[..., :x.shape[-1] // 2] + 1j * x[..., x.shape[-1] // 2:]  # complex numbers, (T, hs / 2)
-        speeds = theta ** -np.linspace(0, 1, pairs.shape[-1], endpoint=False)
         pairs = pairs * np.exp(1j * np.outer(np.arange(len(x)), speeds))
         return np.concatenate([pairs.real, pairs.imag], -1)
 
     out, w = [], {name.removeprefix('model.').removesuffix('.weight'): x for name, x in tensors.items()}
+    n_head, n_kv_head = hf_config['num_attention_heads'], hf_config['num_key_value_heads']
     for row in np.asarray(idx):
         x = w['embed_tokens'][row]
         for i in range(hf_config['num_hidden_layers']):
-            w_attn, w_mlp = (lambda name, half=half: w[f'layers.{i}.{half}.{name}'] for half in ('self_attn', 'mlp'))
-            h, heads = norm(x, w[f'layers.{i}.input_layernorm']), []
-            q, k, v = (np.split(h @ w_attn(f'{name}_proj').T, hf_config['num_attention_heads'], -1) for name in 'qkv')
-            for a, b, c in zip(q, k, v):
-                a, b = turn(norm(a, w_attn('q_norm'))), turn(norm(b, w_attn('k_norm')))
+            layer = {name.removeprefix(f'layers.{i}.'): x for name, x in w.items() if name.startswith(f'layers.{i}.')}
+            h, heads = norm(x, layer['input_layernorm']), []
+            q, k, v = (h @ layer[f'self_attn.{name}_proj'].T + layer.get(f'self_attn.{name}_proj.bias', 0)
+                       for name in 'qkv')
+            keys, values = (np.split(a, n_kv_head, -1) for a in (k, v))
+            for j, a in enumerate(np.split(q, n_head, -1)):
+                b, c = keys[j * n_kv_head // n_head], values[j * n_kv_head // n_head]
+                if hf_config['model_type'] == 'qwen3':
+                    a, b = norm(a, layer['self_attn.q_norm']), norm(b, layer['self_attn.k_norm'])
+                a, b = turn(a), turn(b)
                 scores = np.where(np.tri(len(row), dtype=bool), a @ b.T / math.sqrt(a.shape[-1]), -np.inf)
                 weights = np.exp(scores - scores.max(-1, keepdims=True))
                 heads.append(weights / weights.sum(-1, keepdims=True) @ c)
-            x = x + np.concatenate(heads, -1) @ w_attn('o_proj').T
-            h = norm(x, w[f'layers.{i}.post_attention_layernorm'])
-            gate, up = h @ w_mlp('gate_proj').T, h @ w_mlp('up_proj').T
-            x = x + (gate / (1 + np.exp(-gate)) * up) @ w_mlp('down_proj').T
-        out.append(norm(x, w['norm']) @ w['embed_tokens'].T)
+            x = x + np.concatenate(heads, -1) @ layer['self_attn.o_proj'].T
+            h = norm(x, layer['post_attention_layernorm'])
+            gate, up = h @ layer['mlp.gate_proj'].T, h @ layer['mlp.up_proj'].T
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ layer['mlp.down_proj'].T
+        out.append(norm(x, w['norm']) @ w['embed_tokens' if hf_config['tie_word_embeddings'] else 'lm_head'].T)
     return np.stack(out)
 
 
@@ -320,6 +335,7 @@ def gpt2_files(folder, config, prefix='transformer.', parts=1, dtype=np.float32,
     (dict(n_layer=1, n_head=1, n_embd=8), dict(parts=3)),
     (dict(bias=False, n_head=8), dict(bias=False, old_names=False)),
     (dict(bias=False), dict(parts=2, prefix='')),
+    (dict(), dict(bias=False, old_names=False)),  # what export.py wrote without biases, and somebody has trained since
     (dict(), dict(dtype=np.float16)),
 ], ids=str)
 def test_weights_in_gpt2s_files_give_the_logits_of_a_numpy_forward_pass(tmp_path, shape, files):
@@ -327,7 +343,8 @@ def test_weights_in_gpt2s_files_give_the_logits_of_a_numpy_forward_pass(tmp_path
     weights, idx = gpt2_files(tmp_path, config, **files), tokens(3, 11)
     model = load_model(tmp_path)
     # GPT-2 has biases; export.py says where there are none
-    assert model.config == dataclasses.replace(config, bias=files.get('bias', True), kernels='cpu')
+    bias = config.bias or files.get('bias', True)
+    assert model.config == dataclasses.replace(config, bias=bias, norm_eps=1e-5, kernels='cpu')
     close(model(idx), numpy_gpt(weights, idx, config.n_head), 1e-4)
 
 
@@ -348,11 +365,11 @@ def test_a_context_can_be_cropped_and_not_stretched(tmp_path):
     (dict(extra={'lm_head.weight': np.ones((37, 32))}, old_names=False), 'lm_head.weight is not wte.weight'),
     (dict(vocab_size=38), r'wte.weight is \[37, 32\]'), (dict(n_positions=8), r'wpe.weight is \[16, 32\]'),
     (dict(activation_function='relu'), "activation_function = 'relu'"),
-    (dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon = 1e-06'),
+    (dict(layer_norm_epsilon='tiny'), "layer_norm_epsilon = 'tiny' is not a number"),
     (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx = True'),
-    (dict(n_inner=64), r'h.0.mlp.c_fc.* is .*128.*64'), (dict(model_type='llama'), "model_type = 'llama'"),
+    (dict(n_inner=64), r'h.0.mlp.c_fc.* is .*128.*64'), (dict(model_type='mamba'), "model_type = 'mamba'"),
     (dict(n_head=None), "lacks 'n_head'"), (dict(n_head=5), 'n_head = 5'),
-    (dict(n_layer='2'), 'config.json'), (dict(bias=False), 'not of this model: h.0.attn.c_attn.bias'),
+    (dict(n_layer='2'), 'config.json'), (dict(tie_word_embeddings=False, old_names=False), 'lacks the tensor lm_head'),
 ], ids=lambda x: str(x)[:40])
 def test_what_is_wrong_with_gpt2s_files_is_named(tmp_path, files, message):
     gpt2_files(tmp_path, TINY, **files)
@@ -383,7 +400,7 @@ def test_a_vocabulary_that_nobody_describes_is_refused(tmp_path):
     with pytest.raises(ValueError, match='vocabulary of 37, .*meta.json'):
         open_model(tmp_path)
     (tmp_path / 'meta.json').write_text(json.dumps(char_meta(37)))
-    assert open_model(tmp_path)[1] == char_meta(37)
+    assert open_model(tmp_path)[1] == char_meta(37) | {'folder': str(tmp_path)}
 
 
 def bpe_files(folder, vocab_size=300, metaspace=False, **config):
@@ -433,7 +450,7 @@ def test_a_model_is_read_with_the_tokenizer_in_its_folder_and_never_with_another
         open_model(tmp_path)
     # GPT-2's own, as the files of many models have it
     (tmp_path / 'tokenizer.json').write_text(json.dumps(hf.tokenizer_json('tiktoken', name='gpt2')[0]))
-    assert open_model(tmp_path)[1] == GPT2_META
+    assert open_model(tmp_path)[1] == GPT2_META | {'folder': str(tmp_path)}
 
 
 @pytest.mark.parametrize('file, content, message', [
@@ -464,33 +481,38 @@ def test_without_a_network_gpt2_says_what_to_put_where(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# Qwen3's weights
+# the weights of Qwen3, Qwen2 and Llama
 
 
-def qwen3_files(folder, config, **changes):
-    """Writes tiny_model(config) as Hugging Face has a Qwen3, and returns its config.json."""
-    files = hf.export_files(config, char_meta(37), 'float32')
+def rotary_files(folder, config, **changes):
+    """Writes tiny_model(config) as Hugging Face has it, and returns its config.json."""
+    files = hf.export_files(config, char_meta(37) | {'folder': 'none'}, 'float32')
     files['config.json'] = {k: v for k, v in (files['config.json'] | changes).items() if v != 'left out'}
     hf.write_directory(folder, files, hf.file_tensors(params_of(tiny_model(config)), config, 37, 'float32'))
     return files['config.json']
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize('shape', [dict(), dict(n_layer=3, n_head=4, n_embd=48, n_inner=40, rope_theta=50.0)], ids=str)
-def test_a_qwen3s_files_give_the_logits_of_a_numpy_forward_pass_and_come_back_bit_for_bit(tmp_path, shape):
+@pytest.mark.parametrize('shape', [
+    dict(), dict(n_layer=3, n_head=4, n_kv_head=2, head_dim=24, n_inner=40, rope_theta=50.0, norm_eps=1e-3),
+    dict(arch='qwen2', n_head=4, n_kv_head=2),
+    dict(arch='llama', n_head=4, n_kv_head=1, tied=False, rope_theta=20.0, rope_factor=8.0, rope_context=40)], ids=str)
+def test_their_files_give_the_logits_of_a_numpy_forward_pass_and_come_back_bit_for_bit(tmp_path, shape):
     config, idx = dataclasses.replace(MODERN, **shape), tokens(3, 11)
-    hf_config = qwen3_files(tmp_path / 'hf', config)
+    hf_config = rotary_files(tmp_path / 'hf', config)
     tensors = load_file(tmp_path / 'hf/model.safetensors')
-    close(tiny_model(config)(idx), numpy_qwen3(tensors, hf_config, idx), 1e-4)
+    close(tiny_model(config)(idx), numpy_rotary(tensors, hf_config, idx), 1e-4)
     model = load_model(tmp_path / 'hf')
-    assert model.config == dataclasses.replace(config, n_inner=config.mlp_width, kernels='cpu')
+    explicit = dict(n_inner=config.mlp_width, n_kv_head=config.n_kv_head or config.n_head, head_dim=config.head_size,
+                    norm_eps=config.norm_eps or 1e-6)
+    assert model.config == dataclasses.replace(config, **explicit, kernels='cpu')
     close(params_of(model), params_of(tiny_model(config)), 0)
     # on a mesh, each device reads its own part
     mesh = make_mesh(jax.devices()[:4], 2, 2)
     params = open_model(tmp_path / 'hf')[2](8, on_mesh(mesh, fsdp=True))
     close(params, params_of(model), 0)
     # older versions of transformers have rope's theta beside the other fields
-    qwen3_files(tmp_path / 'hf', config, rope_parameters='left out')
+    rotary_files(tmp_path / 'hf', config, rope_parameters='left out')
     assert load_model(tmp_path / 'hf').config == model.config
 
 
@@ -513,18 +535,22 @@ def test_an_export_that_fails_leaves_the_earlier_one_and_nothing_else(tmp_path, 
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(num_key_value_heads=1), 'num_key_value_heads = 1: this GPT has 2 only'),
-    (dict(num_key_value_heads='left out'), 'num_key_value_heads = 32'),  # Qwen3's own default
-    (dict(head_dim=32), 'head_dim = 32'), (dict(tie_word_embeddings='left out'), 'tie_word_embeddings = False'),
-    (dict(attention_bias=True), 'attention_bias = True'), (dict(rms_norm_eps=1e-5), 'rms_norm_eps = 1e-05'),
-    (dict(rope_parameters={'rope_type': 'yarn', 'rope_theta': 1e4}), "rope_type = 'yarn'"),
+    (dict(num_key_value_heads=1), r'self_attn.k_proj.weight is \[32, 32\], .* \[16, 32\]'),
+    (dict(num_key_value_heads='left out'), 'config.json: n_kv_head = 32: must divide n_head = 2'),  # Qwen3's own default
+    (dict(head_dim=32), r'self_attn.q_proj.weight is \[32, 32\], .* \[64, 32\]'),
+    (dict(tie_word_embeddings='left out'), 'lacks the tensor lm_head.weight'),
+    (dict(tie_word_embeddings=1), 'tie_word_embeddings = 1 is not true or false'),
+    (dict(attention_bias=True), 'attention_bias = True: this GPT has False only'),
+    (dict(rope_parameters={'rope_type': 'yarn', 'rope_theta': 1e4}), "rope_type = 'yarn': .* 'default' or 'llama3'"),
+    (dict(rope_parameters={'rope_type': 'llama3', 'rope_theta': 1e4, 'factor': 8.0, 'low_freq_factor': 2.0,
+                           'original_max_position_embeddings': 64}), 'low_freq_factor = 2.0: this GPT has 1 only'),
     (dict(hidden_act='gelu'), "hidden_act = 'gelu'"), (dict(use_sliding_window=True), 'use_sliding_window = True'),
     (dict(intermediate_size=64), r'layers.0.mlp.gate_proj.weight is \[96, 32\], .* \[64, 32\]'),
     (dict(num_hidden_layers=3), 'lacks the tensor layers.2.'),
     (dict(hidden_size='left out'), "lacks 'hidden_size', which qwen3 has"),
 ], ids=str)
-def test_what_is_wrong_with_a_qwen3s_files_is_named(tmp_path, changes, message):
-    qwen3_files(tmp_path / 'hf', MODERN, **changes)
+def test_what_is_wrong_with_their_files_is_named(tmp_path, changes, message):
+    rotary_files(tmp_path / 'hf', MODERN, **changes)
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path / 'hf')
 

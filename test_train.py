@@ -39,7 +39,7 @@ from processes import StopSignal
 from log import Log
 from model import GPTConfig
 from rundir import check_out_dir, clear_run, commit, load_model, lock_out_dir, open_model, open_run, resume_config
-from test_model import bpe_files, numpy_gpt, numpy_qwen3
+from test_model import bpe_files, numpy_gpt, numpy_rotary
 
 HERE = Path(__file__).resolve().parent
 TINY = ['--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4',
@@ -1306,7 +1306,7 @@ def test_a_run_of_version_2_goes_on_and_its_export_is_what_numpy_makes_of_it(rep
     exported, tensors = load_model(hf), load_file(hf / 'model.safetensors')
     idx = np.random.default_rng(0).integers(27, size=(3, 16))
     if kind == 'qwen3':
-        logits = numpy_qwen3(tensors, json.loads((hf / 'config.json').read_text()), idx)
+        logits = numpy_rotary(tensors, json.loads((hf / 'config.json').read_text()), idx)
     else:
         key = lambda name: tuple(int(part) if part.isdigit() else part for part in name.split('.')[1:])
         logits = numpy_gpt(unflatten_mapping({key(name): x for name, x in tensors.items()}), idx, 2)

@@ -114,8 +114,8 @@ from log import Log, log_in_to_wandb, start_wandb
 from model import GPTConfig, build
 from optim import get_lr, make_optimizer
 from processes import StopSignal, check_alike, check_shared, join_processes, only_process_0_prints
-from rundir import (adopt_shape, check_out_dir, clear_run, lock_out_dir, open_model, resume_config, resume_or,
-                    save_config)
+from rundir import (adopt_shape, check_out_dir, clear_run, keep_small_files, lock_out_dir, open_model, resume_config,
+                    resume_or, save_config)
 from step import (Setup, abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu,
                   eval_step, learned_share, num_params, on_mesh, state_creator, train_step)
 
@@ -299,6 +299,8 @@ with refuse(ValueError, OSError):
     if not eval_only:
         if init_from != 'resume':
             clear_run(out_dir)
+            if pretrained:
+                keep_small_files(out_dir, pretrained_meta['folder'])
         save_config(out_dir, config | {'init_from': origin}, model_args, meta)
     if init_from != 'resume':
         checkpoints = Checkpoints(out_dir, keep_interval, read_only=eval_only)
