@@ -80,9 +80,10 @@ def cache_length(config, n, max_new_tokens):
 
 def rows_that_fit(config, n, max_new_tokens, memory):
     """How many rows stream() can write at a time in so many bytes of memory, about: 1, 2, 5, or a multiple of 10."""
-    S, C = cache_length(config, n, max_new_tokens), config.n_embd
+    S, C = cache_length(config, n, max_new_tokens), config.n_head * config.head_size
+    kv = (config.n_kv_head or config.n_head) * config.head_size
     # a new cache is made beside the old one, and copied; a layer's activations and scores while it reads the prompt
-    row = 4 * (3 * 2 * config.n_layer * S * C + 16 * S * C + config.n_head * S * S + 3 * config.vocab_size)
+    row = 4 * (3 * 2 * config.n_layer * S * kv + 16 * S * C + config.n_head * S * S + 3 * config.vocab_size)
     fit = int(min(memory / row, 10**6))
     return fit - fit % 10 if fit >= 10 else 5 if fit >= 5 else 2 if fit >= 2 else 1
 

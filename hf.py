@@ -144,6 +144,12 @@ def open_pretrained(folder):
     return fields, tensors
 
 
+def dtype_of(tensors):
+    """'bfloat16' or 'float16' where all matrices of a file are, else 'float32'."""
+    dtypes = {x.get_dtype() for x in tensors.values() if len(x.get_shape()) > 1}
+    return {'BF16': 'bfloat16', 'F16': 'float16'}.get(dtypes.pop() if len(dtypes) == 1 else '', 'float32')
+
+
 # which tensors of a Qwen3, a Qwen2 or a Llama a parameter of ours is
 PARTS = {'wte': ['embed_tokens'], 'lm_head': ['lm_head'], 'ln_f': ['norm'], 'ln_1': ['input_layernorm'],
          'ln_2': ['post_attention_layernorm'], 'attn.q_norm': ['self_attn.q_norm'],

@@ -24,12 +24,18 @@ def join(trained, frozen):
     return unflatten_mapping(flatten_mapping(trained) | flatten_mapping(frozen))
 
 
+def held_in(frozen, dtype):
+    """Frozen parameters with their matrices in another type, such as that of the file that they came from."""
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, frozen)
+
+
 def merge(params, config):
-    """Adds the adapters to the weights: the parameters of a model without LoRA that computes the same."""
+    """Adds the adapters to the weights: the parameters, float32, of a model without LoRA that computes the same."""
     flat, merged = flatten_mapping(params), {}
     for path, x in flat.items():
         if path[-1] in ADAPTERS:
             continue
+        x = x.astype(jnp.float32)
         A, B = (flat.get((*path[:-1], name)) for name in ADAPTERS)
         if path[-1] == 'weight' and A is not None:
             x += config.lora_alpha / config.lora_rank * jnp.tensordot(A, B, 1, precision='highest')

@@ -372,7 +372,7 @@ class GPT(nnx.Module):
         position pos, which sees the tokens before it; the list that is returned includes it."""
         config, T = self.config, idx.shape[1]
         keys = split_key(key, 1 + config.n_layer)
-        x, angles = self.wte.weight[...][idx], None
+        x, angles = self.wte.weight[...][idx].astype(jnp.float32), None
         if config.row['positions'] == 'learned':
             x += jax.lax.dynamic_slice_in_dim(self.wpe.weight[...], pos, T)
         else:

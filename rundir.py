@@ -23,6 +23,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -200,15 +201,29 @@ def resume_config(out_dir, config, given, typed):
     return config | {key: fixed[key] for key in config.keys() & fixed.keys() - MAY_CHANGE}, saved
 
 
-def adopt_shape(config, shape, typed, source):
-    """The settings with the shape of a pretrained model, whose GPTConfig is the dict `shape`. block_size may be
-    smaller. Raises ValueError where one of the options in `typed` asks for something else."""
-    for key in SHAPE:
-        crop = key == 'block_size' and config[key] < shape[key]  # a shorter context will do
-        if key in typed and config[key] != shape[key] and not crop:
+def adopt_shape(config, pretrained, typed, source):
+    """The settings with the shape of a pretrained model, a GPTConfig. block_size may be another one. Raises ValueError
+    where one of the options in `typed` asks for something else."""
+    shape = {key: getattr(pretrained, key) for key in SHAPE}
+    for key in sorted(typed & shape.keys() - {'block_size'}):
+        if config[key] != shape[key]:
             raise ValueError(f'{key} = {config[key]}: {source} has {key} = {shape[key]}')
-    block_size = min(config['block_size'], shape['block_size'])
-    return config | {key: shape[key] for key in SHAPE} | {'block_size': block_size}
+    block_size = config['block_size']
+    if 'block_size' in typed:
+        check_context(block_size, pretrained, source)
+    else:  # a recipe gives way
+        block_size = min(block_size, pretrained.block_size)
+    return config | shape | {'block_size': block_size}
+
+
+def check_context(block_size, pretrained, source):
+    """Warns where a pretrained model gets a longer context than it came with. Raises ValueError if it cannot have it:
+    learned positions come to an end, rotary ones do not."""
+    if block_size > pretrained.block_size:
+        if pretrained.row['positions'] == 'learned':
+            raise ValueError(f'block_size = {block_size}: {source} has block_size = {pretrained.block_size}')
+        print(f'warning: block_size = {block_size}: {source} came with {pretrained.block_size}, and never saw what is '
+              'further apart', file=sys.stderr)
 
 
 def commit():
@@ -259,8 +274,8 @@ def read_tokenizer(folder, config):
 def open_model(source, checkpoint='best'):
     """(config, meta, read) of a run directory, of a model of the hub, such as 'gpt2' or 'Qwen/Qwen3-0.6B', or of a
     folder in their format: the GPTConfig, a dict with vocab_size, tokenizer and the folder of the model's small files,
-    and a function that reads the parameters. read(block_size, place) can take fewer positions, and place() gives
-    abstract parameters their shardings. Raises ValueError."""
+    and a function that reads the parameters. read(block_size, place, dtype) can take fewer positions, and matrices in
+    another type than float32; place() gives abstract parameters their shardings. Raises ValueError."""
     folder = hf.download(source) if hf.is_name(source) else as_path(source)
     check_not_nanogpts(folder)
     if not (folder / 'config.json').is_file():
@@ -281,11 +296,12 @@ def open_model(source, checkpoint='best'):
         raise ValueError(f'{source} has a vocabulary of {config.vocab_size}, which is not the {meta["vocab_size"]} of '
                          'its tokenizer: put a meta.json there, such as a dataset has, that names its own')
 
-    def read(block_size=None, place=on_one_device):
-        wanted = replace(config, block_size=block_size or config.block_size)
-        return hf.read_params(tensors, place(abstract_params(wanted)), config.arch)
+    def read(block_size=None, place=on_one_device, dtype='float32'):
+        wanted = abstract_params(replace(config, block_size=block_size or config.block_size))
+        wanted = jax.eval_shape(partial(lora.held_in, dtype=dtype), wanted)
+        return hf.read_params(tensors, place(wanted), config.arch)
 
-    return config, meta | {'folder': str(folder)}, read
+    return config, meta | {'folder': str(folder), 'base_dtype': hf.dtype_of(tensors)}, read
 
 
 def open_run(out_dir, checkpoint='best'):
@@ -305,9 +321,10 @@ def open_run(out_dir, checkpoint='best'):
 
     found = reread(out_dir, find)
 
-    def read(block_size=None, place=on_one_device):
-        abstract = place(abstract_params(config))
-        trained, frozen = lora.split(abstract, config)
+    def read(block_size=None, place=on_one_device, dtype='float32'):
+        trained, frozen = lora.split(abstract_params(config), config)
+        frozen = jax.eval_shape(partial(lora.held_in, dtype=saved.get('base_dtype', 'float32')), frozen)
+        trained, frozen = place(trained), place(frozen)
 
         def read_params():
             folder = found if found.exists() else find()  # a run that still trains may have removed it
@@ -324,16 +341,17 @@ def open_run(out_dir, checkpoint='best'):
                 params = params | {'wpe': {'weight': params['wpe']['weight'][:block_size]}}
             return params
 
-        result = place(jax.eval_shape(merge_and_crop, abstract))
+        result = place(jax.eval_shape(merge_and_crop, lora.join(trained, frozen)))
         where = jax.tree.map(lambda x: x.sharding, result)
         return jax.jit(merge_and_crop, out_shardings=where)(params)
 
-    return replace(config, lora_rank=0), saved | {'folder': str(out_dir / 'hf')}, read
+    return replace(config, lora_rank=0), saved | {'folder': str(out_dir / 'hf'), 'base_dtype': 'float32'}, read
 
 
 def load_model(source, checkpoint='best', **changes):
-    """The model of anything that open_model() opens. `changes` go into its GPTConfig: dtype, dropout, or a smaller
+    """The model of anything that open_model() opens. `changes` go into its GPTConfig: dtype, dropout, or another
     block_size. Raises ValueError."""
-    config, _, read = open_model(source, checkpoint)
-    config = choose_kernels(replace(config, **changes), jax.devices()[:1], flash=False)[0]
+    pretrained, _, read = open_model(source, checkpoint)
+    config = choose_kernels(replace(pretrained, **changes), jax.devices()[:1], flash=False)[0]
+    check_context(config.block_size, pretrained, source)
     return build(config, read(config.block_size))

@@ -11,7 +11,7 @@ import os
 import sys
 
 # -----------------------------------------------------------------------------
-init_from = 'resume'  # 'resume': the run in out_dir; 'gpt2', 'gpt2-medium', ..., or a path: a run or GPT-2's files
+init_from = 'resume'  # 'resume': the run in out_dir; 'gpt2', ..., 'Qwen/Qwen3-0.6B', ..., or a path: a run or a model
 out_dir = 'out'  # the run directory that train.py wrote
 checkpoint = 'best'  # 'best' by validation loss, 'latest', or the number of one
 start = '\n'  # the prompt; FILE:prompt.txt reads it from a file; may hold '<|endoftext|>' if the tokenizer has it
@@ -22,6 +22,7 @@ max_new_tokens = 500  # number of tokens generated in each sample
 temperature = 0.8  # 1.0: as trained; below: less random; above: more random; 0.0: always the likeliest token
 top_k = 200  # keep only the top_k likeliest tokens; 0: all
 top_p = 1.0  # then keep only the likeliest tokens that together reach this probability
+block_size = 0  # how much of the text the model sees; 0: as much as it came with. Rotary positions may take more
 seed = 1337
 device = ''  # 'cpu', 'gpu', 'gpu:1' or 'tpu'; '': the best that JAX finds
 dtype = ''  # 'float32' or 'bfloat16'; '': as trained, but always float32 on a CPU
@@ -32,7 +33,7 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 # -----------------------------------------------------------------------------
 
 check(num_samples=(1, 10**6), max_new_tokens=(1, 10**9), temperature=(0, 10**6), top_k=(0, 10**9),
-      seed=(0, 2**32 - 1), kernels=('', 'plain'))
+      block_size=(0, 10**9), seed=(0, 2**32 - 1), kernels=('', 'plain'))
 if not checkpoint.isdecimal():
     check(checkpoint=('best', 'latest'))
 if not 0 < top_p <= 1:
@@ -48,14 +49,15 @@ from dataset import tokenizer
 from devices import choose_kernels, find_devices, free_memory, keep_compiled
 from engine import rows_that_fit, stream
 from model import build
-from rundir import open_model, open_run
+from rundir import check_context, open_model, open_run
 
 with refuse(ValueError, OSError):
     devices = find_devices(device)[:1]
     if compile_cache:
         keep_compiled()
     config, meta, read = open_run(out_dir, checkpoint) if init_from == 'resume' else open_model(init_from, checkpoint)
-    config = replace(config, dtype=dtype or config.dtype)
+    check_context(block_size, config, init_from if init_from != 'resume' else out_dir)
+    config = replace(config, dtype=dtype or config.dtype, block_size=block_size or config.block_size)
     config = choose_kernels(config, devices, flash=False, kernels=kernels)[0]
     encode, decode, eot = tokenizer(meta['tokenizer'])
 
@@ -108,7 +110,7 @@ if len(prompt) > config.block_size:
 
 # run generation: as many samples at a time as fit into the memory, and a single one is printed as it is made
 with refuse(ValueError, OSError):
-    model = build(config, read())
+    model = build(config, read(config.block_size))
 rows = 10
 if config.kernels != 'plain':
     rows = rows_that_fit(config, len(prompt), max_new_tokens, 0.8 * free_memory(devices[0]))

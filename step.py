@@ -24,16 +24,18 @@ class Setup:
     tx: optax.GradientTransformation
     mesh: jax.sharding.Mesh | None = None  # None: one device
     fsdp: bool = False  # parameters and optimizer state are split over the data axis, too
+    base_dtype: str = 'float32'  # what the matrices that LoRA freezes are held in
 
 
 # -----------------------------------------------------------------------------
 # the state
 
 
-def init_state(config, tx, seed):
+def init_state(config, tx, seed, base_dtype='float32'):
     """What a checkpoint holds: parameters, optimizer state, counters of steps and of skipped updates, and the loss
     scale, which only float16 needs. `base` holds the parameters that LoRA freezes, {} without LoRA."""
     params, base = lora.split(init_params(config, seed), config)
+    base = lora.held_in(base, base_dtype)
     counters = 'step', 'skipped', 'skipped_in_a_row', 'scale_age'
     return {'params': params, 'base': base, 'opt_state': tx.init(params),
             'loss_scale': jnp.float32(2**15 if config.dtype == 'float16' else 1),
@@ -115,7 +117,7 @@ def on_one_device(abstract):
 
 def abstract_state(setup):
     """The shapes and shardings of a state on a mesh."""
-    state = jax.eval_shape(lambda: init_state(setup.config, setup.tx, 0))
+    state = jax.eval_shape(lambda: init_state(setup.config, setup.tx, 0, setup.base_dtype))
     return on_mesh(setup.mesh, setup.fsdp)(state)
 
 
@@ -124,7 +126,7 @@ def state_creator(setup, seed, abstract, leave_out=None):
     `leave_out` names an entry that will be read from a file."""
     only = lambda state: {name: x for name, x in state.items() if name != leave_out}
     where = jax.tree.map(lambda x: x.sharding, only(abstract))
-    return jax.jit(lambda: only(init_state(setup.config, setup.tx, seed)), out_shardings=where)
+    return jax.jit(lambda: only(init_state(setup.config, setup.tx, seed, setup.base_dtype)), out_shardings=where)
 
 
 def batch_sharding(mesh):
@@ -186,7 +188,7 @@ def gather_params(params, data_specs, tensor_specs, dtype):
     def gather(x, data_spec, tensor_spec):
         if 'data' not in data_spec:
             return x
-        sent = dtype if x.ndim > 1 else x.dtype
+        sent = dtype if x.ndim > 1 and x.dtype == jnp.float32 else x.dtype
         whole = lambda x: all_gather(x, data_spec.index('data'), sent)
         return jax.shard_map(whole, in_specs=tensor_spec, out_specs=tensor_spec, axis_names={'tensor'},
                              check_vma=False)(x)

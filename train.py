@@ -97,7 +97,7 @@ exec(open(os.path.join(_here, 'configurator.py'), encoding='utf-8').read())
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import partial
 
 import jax
@@ -175,7 +175,7 @@ pretrained = None
 with refuse(ValueError, OSError):
     if init_from not in ('scratch', 'resume'):
         pretrained, pretrained_meta, read_pretrained = open_model(init_from)
-        config = adopt_shape(config, asdict(pretrained), typed, init_from)
+        config = adopt_shape(config, pretrained, typed, init_from)
         globals().update(config)
     data, meta = open_dataset(os.path.join(data_dir or os.path.join(_here, 'data'), dataset), block_size)
     if sample_tokens:
@@ -193,6 +193,8 @@ elif init_from == 'resume':
     vocab_size, known, source = saved['model_args']['vocab_size'], saved, f'the run in {out_dir}'
 if vocabulary(meta) != vocabulary(known):
     fail(f'dataset = {dataset!r} has another vocabulary than {source}')
+# LoRA holds the frozen matrices in the type in which they came
+base_dtype = known.get('base_dtype', 'float32') if lora_rank else 'float32'
 
 
 for split in data:
@@ -218,7 +220,7 @@ model_args = {field.name: globals()[field.name] for field in fields(GPTConfig) i
 with refuse(ValueError):
     model_config, functions = choose_kernels(GPTConfig(**model_args), devices, flash, kernels)
     tx = make_optimizer(beta1, beta2, weight_decay, grad_clip, optimizer, embd_lr_scale)
-setup = Setup(model_config, tx, mesh, fsdp)
+setup = Setup(model_config, tx, mesh, fsdp, base_dtype)
 abstract = abstract_state(setup)  # shapes and shardings, no values yet
 from_file = None  # what a new run reads from a file, and does not create
 if origin != 'scratch':
@@ -266,7 +268,7 @@ with refuse(ValueError, OSError, MemoryError), memory_errors():
         state, progress = create(), dict(iter_num=0, wandb_id=None, **NO_BEST, best_dataset=dataset, tokens_seen=0)
         if from_file:
             read_pretrained = read_pretrained if pretrained else open_model(origin)[2]
-            state[from_file] = read_pretrained(block_size, on_mesh(mesh, fsdp))
+            state[from_file] = read_pretrained(block_size, on_mesh(mesh, fsdp), base_dtype)
 
 iter_num, wandb_id = progress['iter_num'], progress['wandb_id']
 tokens_seen = progress['tokens_seen']
@@ -301,7 +303,7 @@ with refuse(ValueError, OSError):
             clear_run(out_dir)
             if pretrained:
                 keep_small_files(out_dir, pretrained_meta['folder'])
-        save_config(out_dir, config | {'init_from': origin}, model_args, meta)
+        save_config(out_dir, config | {'init_from': origin}, model_args, meta | {'base_dtype': base_dtype})
     if init_from != 'resume':
         checkpoints = Checkpoints(out_dir, keep_interval, read_only=eval_only)
     if lora_rank and not found and not eval_only:
