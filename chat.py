@@ -24,9 +24,8 @@ def render(meta, chats):
     and a list of (n, add_generation_prompt): of the first n messages, with the words that an answer follows, or without.
     Its result is a list of texts, or a str that says why there is none. Raises ValueError if the template is no
     template, or takes too long."""
-    special = {f'{name}_token': meta['tokenizer'].get(name, '') for name in ('bos', 'eos')}
-    if meta['tokenizer'].get('name') == 'gpt2':
-        special['eos_token'] = '<|endoftext|>'
+    missing = '<|endoftext|>' if meta['tokenizer']['kind'] == 'tiktoken' else ''
+    special = {f'{name}_token': meta['tokenizer'].get(name, missing) for name in ('bos', 'eos')}
     request = {'template': meta.get('chat_template', PLAIN), 'special': special, 'chats': chats}
     try:
         process = subprocess.run([sys.executable, __file__], input=json.dumps(request).encode(), capture_output=True,

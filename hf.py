@@ -336,8 +336,10 @@ def export_files(config, meta, dtype):
         eot = tokens['model']['vocab'].get(end)
         files = {'generation_config.json': {'bos_token_id': eot, 'eos_token_id': eot}, 'tokenizer.json': tokens,
                  'tokenizer_config.json': settings | ({'bos_token': end, 'eos_token': end} if end else {}),
-                 'meta.json': {key: meta[key] for key in ('vocab_size', 'tokenizer')}}
+                 'meta.json': {key: meta[key] for key in ('vocab_size', 'tokenizer', 'chat_template') if key in meta}}
         theirs |= files['generation_config.json']
+    if 'chat_template' in meta:  # with which the chats were written that the run learned from
+        files['chat_template.jinja'] = meta['chat_template'].encode()
     return files | {'config.json': export_config(config, theirs, meta['vocab_size'], dtype)}
 
 
