@@ -55,7 +55,8 @@ class Log:
         self.first_iter = first_iter
         self.log_interval = log_interval
         self.tokens_per_iter = tokens_per_iter
-        self.tokens_seen = tokens_seen  # before first_iter
+        # before first_iter; version 2 did not note it
+        self.tokens_seen = first_iter * tokens_per_iter if tokens_seen is None else tokens_seen
         self.bytes_per_token = None  # of the text in evaluations of val, if somebody knows
         self.mfu = mfu
         self.max_skipped = max_skipped

@@ -35,7 +35,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 import hf
 import lora
 from checkpoints import check_arrays, damaged_file, find_step, load_base, remove, reread, saved_steps, write
-from dataset import GPT2_META, as_path, gpt2_vocabulary, hf_meta, in_cloud, read_json, read_meta
+from dataset import GPT2_META, as_path, dataset_name, gpt2_vocabulary, hf_meta, in_cloud, read_json, read_meta
 from devices import choose_kernels
 from model import GPTConfig, abstract_params, build
 from step import on_one_device
@@ -132,13 +132,6 @@ def is_run(folder):
         return False
 
 
-def resume_or(start, out_dir, overwrite=False):
-    """What init_from = 'auto' stands for: 'resume' if out_dir holds a run, else `start`. Raises ValueError."""
-    if overwrite:
-        raise ValueError("init_from = 'auto' goes on with a run, overwrite = True replaces it: leave one of them out")
-    return 'resume' if (as_path(out_dir) / 'config.json').exists() else start
-
-
 def check_not_nanogpts(path):
     """Raises ValueError where nanoGPT has left a checkpoint, or if `path` is one."""
     checkpoint = as_path(path) if str(path).endswith('.pt') else as_path(path) / 'ckpt.pt'
@@ -178,6 +171,31 @@ def read_run(out_dir):
     if vocab_size < saved['vocab_size']:
         raise ValueError(f'{path} is damaged: its model has fewer tokens than its tokenizer')
     return saved
+
+
+def run_settings(config, given, typed, replaced):
+    """(config, saved): the settings of a run, and the config.json of the run with which it goes on, or None. With
+    init_from = 'auto' it goes on if out_dir holds a run, and else starts as init_from was before, as in a recipe.
+    Raises ValueError or OSError for what can be refused before anything is computed."""
+    out_dir, checkpoint, auto = config['out_dir'], config['checkpoint'], config['init_from'] == 'auto'
+    if config['profile'] and in_cloud(out_dir):
+        raise ValueError(f'profile = True: a trace cannot be written to {out_dir}: name a folder of this machine as '
+                         '--out_dir')
+    if auto:
+        if config['overwrite']:
+            raise ValueError("init_from = 'auto' goes on with a run, overwrite = True replaces it: leave one out")
+        there = (as_path(out_dir) / 'config.json').exists()
+        config = config | {'init_from': 'resume' if there else replaced.get('init_from', 'scratch')}
+    check_out_dir(out_dir, config['init_from'], config['overwrite'], config['eval_only'])
+    resumes = config['init_from'] == 'resume'
+    if checkpoint != 'latest':
+        if auto or not resumes:
+            raise ValueError(f'checkpoint = {checkpoint!r}: only --init_from=resume goes back to a checkpoint')
+        find_step(out_dir, checkpoint)
+    saved = None
+    if resumes:
+        config, saved = resume_config(out_dir, config, given, typed)
+    return config | {'dataset': dataset_name(config['dataset'])}, saved
 
 
 def resume_config(out_dir, config, given, typed):

@@ -1799,7 +1799,7 @@ def bad(begin, **values):
     ([*TRAIN, '--coordinator=host:1', '--num_processes=2'], '--process_id=2', 'process_id = 2: must be from 0 to 1'),
     (TRAIN, '--init_from=resume', 'there is nothing to resume'), (TRAIN, '--out_dir=verse.txt/run', 'verse.txt/run'),
     (RESUME, '--out_dir=no-settings', 'there is nothing to resume'),
-    ([*RESUME, '--init_from=auto'], '--overwrite=True', 'leave one of them out'),
+    ([*RESUME, '--init_from=auto'], '--overwrite=True', 'leave one out'),
     (TRAIN, '--out_dir=s3://bucket/run', 's3://bucket/run: a run is in a folder of this machine'),
     ([*TRAIN, '--profile=True'], '--out_dir=gs://bucket/run', 'profile = True'),
     (EXPORT, '--hf_dir=gs://bucket/hf', "hf_dir = 'gs://bucket/hf'"),

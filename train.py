@@ -104,9 +104,9 @@ import jax
 import numpy as np
 
 import lora
-from checkpoints import NO_BEST, Checkpoints, RunError, find_step, is_finished, save_base
-from dataset import (bytes_per_token, cut_chats, dataset_name, eval_starts, in_cloud, load_batch, micro_batches,
-                     open_dataset, padded, sequences, token_ids, tokenizer, train_starts, vocabulary)
+from checkpoints import NO_BEST, Checkpoints, RunError, is_finished, save_base
+from dataset import (bytes_per_token, cut_chats, eval_starts, load_batch, micro_batches, open_dataset, padded,
+                     sequences, token_ids, tokenizer, train_starts, vocabulary)
 from devices import (best_dtype, choose_kernels, compile_for, find_devices, keep_compiled, make_mesh, memory_errors,
                      profiled, side_by_side)
 from engine import generate
@@ -114,29 +114,18 @@ from log import Log, log_in_to_wandb, start_wandb
 from model import GPTConfig, build
 from optim import get_lr, make_optimizer
 from processes import StopSignal, check_alike, check_shared, join_processes, only_process_0_prints
-from rundir import (adopt_shape, check_out_dir, clear_run, keep_small_files, lock_out_dir, open_model, resume_config,
-                    resume_or, save_config)
+from rundir import (adopt_shape, check_out_dir, clear_run, keep_small_files, lock_out_dir, open_model, run_settings,
+                    save_config)
 from step import (Setup, abstract_state, all_params, batch_sharding, compile_eval, compile_step, estimate_mfu,
                   eval_step, learned_share, num_params, on_mesh, state_creator, train_step)
 
 # a resumed run keeps its own settings, except for those that are given now
 with refuse(ValueError, OSError):
-    if profile and in_cloud(out_dir):
-        fail(f'profile = True: a trace cannot be written to {out_dir}: name a folder of this machine as --out_dir')
-    auto = init_from == 'auto'  # start or resume; the recipe says how to start
-    if auto:
-        config['init_from'] = init_from = resume_or(replaced.get('init_from', 'scratch'), out_dir, overwrite)
-    check_out_dir(out_dir, init_from, overwrite, eval_only)
-    if checkpoint != 'latest':
-        if init_from != 'resume' or auto:
-            fail(f'checkpoint = {checkpoint!r}: only --init_from=resume goes back to a checkpoint')
-        find_step(out_dir, checkpoint)
-    if init_from == 'resume':
-        config, saved = resume_config(out_dir, config, given, typed)
-        globals().update(config)
+    patience = 120 if init_from == 'auto' else 0  # seconds to wait for a process that is just ending
+    config, saved = run_settings(config, given, typed, replaced)
+    globals().update(config)
     if wandb_log:
         log_in_to_wandb()
-    dataset = config['dataset'] = dataset_name(dataset)
 check(eval_interval=(1, 10**9), log_interval=(1, 10**9), eval_iters=(1, 10**6), keep_interval=(0, 10**12),
       sample_tokens=(0, 10**6), gradient_accumulation_steps=(1, 10**6), batch_size=(1, 10**6),
       learning_rate=(0, 10**3), embd_lr_scale=(0, 10**3), max_iters=(0, 10**12), max_minutes=(0, 10**9),
@@ -253,7 +242,7 @@ if not (debug_nans or finished):  # else JAX compiles what is called
 found, lock = None, nullcontext()
 with refuse(ValueError, OSError, MemoryError), memory_errors():
     if not eval_only:  # from here on out_dir is this process's own
-        lock = lock_out_dir(out_dir, wait=120 if auto else 0)
+        lock = lock_out_dir(out_dir, patience)
         check_out_dir(out_dir, init_from, overwrite)  # another process may have begun a run meanwhile
     if init_from == 'resume':
         checkpoints = Checkpoints(out_dir, keep_interval, read_only=eval_only)
@@ -271,9 +260,6 @@ with refuse(ValueError, OSError, MemoryError), memory_errors():
             state[from_file] = read_pretrained(block_size, on_mesh(mesh, fsdp), base_dtype)
 
 iter_num, wandb_id = progress['iter_num'], progress['wandb_id']
-tokens_seen = progress['tokens_seen']
-if tokens_seen is None:  # version 2 did not note it
-    tokens_seen = iter_num * tokens_per_iter
 best_val_loss, best_iter = progress['best_val_loss'], progress['best_iter']
 
 
@@ -298,18 +284,18 @@ mfu = lambda tokens_per_s: estimate_mfu(model_config, n_params, n_frozen, tokens
 # out_dir: all that could be refused has been, so now a new run takes the place of an old one
 
 with refuse(ValueError, OSError):
-    if not eval_only:
-        if init_from != 'resume':
-            clear_run(out_dir)
-            if pretrained:
-                keep_small_files(out_dir, pretrained_meta['folder'])
-        save_config(out_dir, config | {'init_from': origin}, model_args, meta | {'base_dtype': base_dtype})
+    if init_from != 'resume' and not eval_only:
+        clear_run(out_dir)
     if init_from != 'resume':
         checkpoints = Checkpoints(out_dir, keep_interval, read_only=eval_only)
-    if lora_rank and not found and not eval_only:
-        save_base(out_dir, state['base'])
+    if not eval_only:
+        if pretrained:
+            keep_small_files(out_dir, pretrained_meta['folder'])
+        save_config(out_dir, config | {'init_from': origin}, model_args, meta | {'base_dtype': base_dtype})
+        if lora_rank and not found:
+            save_base(out_dir, state['base'])
     log = Log(out_dir, iter_num, max_iters, log_interval, tokens_per_iter, mfu, max_skipped, stop, wandb_run,
-              writes=not eval_only, tokens_seen=tokens_seen)
+              writes=not eval_only, tokens_seen=progress['tokens_seen'])
 with log.harmless('bits per byte'):
     starts = eval_starts(data['val'], eval_shape, block_size).reshape(-1, *eval_call)
     log.bytes_per_token = bytes_per_token(data['val'], starts, block_size, meta['tokenizer'])
