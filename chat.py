@@ -20,10 +20,10 @@ SECONDS = 10  # that a template may take, and 0.1 for each chat
 
 
 def render(meta, chats):
-    """The texts of chats by the template of a meta.json. A chat is a pair: messages, [{'role': ..., 'content': ...}, ...],
-    and a list of (n, add_generation_prompt): of the first n messages, with the words that an answer follows, or without.
-    Its result is a list of texts, or a str that says why there is none. Raises ValueError if the template is no
-    template, or takes too long."""
+    """The texts of chats by the template of a meta.json. A chat is a pair: messages, [{'role': ..., 'content': ...}],
+    and a list of (n, add_generation_prompt): of the first n messages, with the words that an answer follows, or
+    without. Its result is a list of texts, or a str that says why there is none. Raises ValueError if the template is
+    no template, or takes too long."""
     missing = '<|endoftext|>' if meta['tokenizer']['kind'] == 'tiktoken' else ''
     special = {f'{name}_token': meta['tokenizer'].get(name, missing) for name in ('bos', 'eos')}
     request = {'template': meta.get('chat_template', PLAIN), 'special': special, 'chats': chats}
@@ -83,9 +83,9 @@ def ends(meta, tokenizer):
 
 def talk(meta, write, say, room, system=''):
     """A talk in the terminal. What you type is the user's message. write(ids, ends) yields lists of tokens that go on
-    from `ids` up to one of `ends`, and say(text) prints them. A chat may have `room` tokens: of a longer one, the oldest
-    messages are forgotten. Ctrl-C ends an answer, and the next one the talk. Raises ValueError where the template
-    refuses a message."""
+    from `ids` up to one of `ends`, and say(text) prints them. A chat may have `room` tokens: of a longer one, the
+    oldest messages are forgotten. Ctrl-C ends an answer, and the next one the talk. Raises ValueError where the
+    template refuses a message."""
     tokenizer = chat_tokenizer(meta)
     end = ends(meta, tokenizer)
     messages = [{'role': 'system', 'content': system}] if system else []

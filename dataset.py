@@ -223,8 +223,8 @@ def token_bytes(meta):
 # -----------------------------------------------------------------------------
 # tokens: files to batches
 
-# A file of chats holds signed integers: an id for a token that the model learns to write, ~id, which is below 0, for one
-# that it only reads, and ~(id + FIRST) for the first token of a chat. No file of texts is signed.
+# A file of chats holds signed integers: an id for a token that the model learns to write, ~id, which is below 0, for
+# one that it only reads, and ~(id + FIRST) for the first token of a chat. No file of texts is signed.
 FIRST = 2**30
 
 

@@ -281,7 +281,8 @@ def read_tokenizer(folder, config):
         return read_meta(folder / 'meta.json')
     if (folder / 'tokenizer.json').exists():
         return hf_meta(folder)
-    others = [file for name in ('vocab.json', 'tokenizer.model', '*.tiktoken', 'vocab.txt') for file in folder.glob(name)]
+    names = 'vocab.json', 'tokenizer.model', '*.tiktoken', 'vocab.txt'
+    others = [file for name in names for file in folder.glob(name)]
     is_gpt2 = [file.name for file in others] == ['vocab.json'] and read_json(others[0]) == gpt2_vocabulary()[0]
     if is_gpt2 or not others and config.arch == 'gpt2' and 0 <= config.vocab_size - GPT2_META['vocab_size'] < 64:
         return GPT2_META

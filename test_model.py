@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +30,8 @@ import model
 import optim
 import step
 from checkpoints import NO_BEST, Checkpoints
-from dataset import GPT2_META, eval_starts, load_batch, micro_batches, token_bytes, tokenizer, train_starts, vocabulary
+from dataset import (GPT2_META, eval_starts, hf_meta, hf_tokenizer, load_batch, micro_batches, token_bytes, tokenizer,
+                     train_starts, vocabulary)
 from devices import make_mesh, side_by_side
 from engine import generate, rows_that_fit, stream
 from model import GPT, GPTConfig, abstract_params, build, dropout, params_of, sample_token
@@ -37,6 +39,7 @@ from optim import get_lr
 from rundir import load_model, open_model
 from step import (Setup, abstract_state, batch_sharding, compile_eval, compile_step, estimate_mfu, eval_step,
                   learned_share, loss_and_grads, num_params, on_mesh, shardings, state_creator, train_step)
+from to_gguf import write_gguf
 
 # a compiled function is quicker than hundreds of operations one by one
 init_params = jax.jit(model.init_params, static_argnames=('config', 'seed'))
@@ -429,7 +432,8 @@ def test_a_model_is_read_with_the_tokenizer_in_its_folder_and_never_with_another
     assert decode(encode(text)) == text
     assert token_bytes(meta['tokenizer'])[encode(text)].sum() == len(text.encode()) - len('<|end|>')
     # a meta.json names it; another one in its place is noticed
-    (tmp_path / 'meta.json').write_text(json.dumps(meta | {'tokenizer': meta['tokenizer'] | {'file': 'tokenizer.json'}}))
+    named = meta | {'tokenizer': meta['tokenizer'] | {'file': 'tokenizer.json'}}
+    (tmp_path / 'meta.json').write_text(json.dumps(named))
     assert open_model(tmp_path)[1] == meta
     bpe_files(tmp_path, 299)
     with pytest.raises(ValueError, match='tokenizer.json is not the tokenizer that'):
@@ -451,6 +455,48 @@ def test_a_model_is_read_with_the_tokenizer_in_its_folder_and_never_with_another
     # GPT-2's own, as the files of many models have it
     (tmp_path / 'tokenizer.json').write_text(json.dumps(hf.tokenizer_json('tiktoken', name='gpt2')[0]))
     assert vocabulary(open_model(tmp_path)[1]) == vocabulary(GPT2_META)
+
+
+def gguf_of(path):
+    """The fields and the tensors of a GGUF file, as float32."""
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    return fields, {x.name: gguf.quants.dequantize(x.data, x.tensor_type) for x in reader.tensors}
+
+
+def test_a_gguf_file_holds_the_weights_the_tokenizer_and_the_template(tmp_path):
+    path, meta = tmp_path / 'x.gguf', char_meta(37)
+    meta['tokenizer']['chars'] = ' é' + meta['tokenizer']['chars'][2:]
+    config = dataclasses.replace(TINY, bias=False, block_size=8)
+    weights = params_of(tiny_model(config))
+    write_gguf(path, config, meta, hf.file_tensors(weights, config, 37, 'float32'), 'float32')
+    fields, tensors = gguf_of(path)
+    assert fields['tokenizer.ggml.tokens'] == ['\u2581', *meta['tokenizer']['chars'][1:]]
+    assert not fields['tokenizer.ggml.add_space_prefix'] and fields['gpt2.feed_forward_length'] == 128
+    close(tensors['blk.1.attn_qkv.weight'], weights['h'][1]['attn']['c_attn']['weight'].reshape(32, 96).T, 0)
+    assert not tensors['blk.0.ffn_up.bias'].any() and list(tmp_path.iterdir()) == [path]
+    # grouped heads, and a model's own tokenizer with rows that it has no token for; Llama's pairs stand side by side
+    config = dataclasses.replace(MODERN, arch='llama', n_head=4, n_kv_head=2, tied=False, vocab_size=304,
+                                 rope_factor=8.0)
+    weights = params_of(tiny_model(config))
+    bpe_files(tmp_path / 'bpe', chat_template='{{ messages }}')
+    meta = hf_meta(tmp_path / 'bpe')
+    q = weights['h'][0]['attn']['c_q']['weight'].T.reshape(4, 2, 4, 32).swapaxes(1, 2).reshape(32, 32)
+    for dtype, tolerance in ('float32', 0), ('float16', 2e-3), ('bfloat16', 2e-2), ('q8_0', 2e-2):
+        write_gguf(path, config, meta, hf.file_tensors(weights, config, 304, 'float32'), dtype)
+        fields, tensors = gguf_of(path)
+        close(tensors['blk.0.attn_q.weight'], q, tolerance)
+        close(tensors['output.weight'], weights['lm_head']['weight'], tolerance)
+        close(tensors['output_norm.weight'], weights['ln_f']['weight'], 0)
+    assert fields['tokenizer.chat_template'] == '{{ messages }}' and fields['tokenizer.ggml.pre'] == 'gpt-2'
+    assert fields['tokenizer.ggml.tokens'][299:] == [hf_tokenizer(tmp_path / 'bpe/tokenizer.json').id_to_token(299),
+                                                     *(f'[PAD{i}]' for i in range(300, 304))]
+    assert fields['tokenizer.ggml.eos_token_id'] == 0 and fields['llama.attention.head_count_kv'] == 2
+    turn = lambda factor: np.arcsin(model.rotary_angles(1, 1, 8, config.rope_theta, factor, 8192)[1][0, 4:])
+    close(tensors['rope_freqs.weight'], turn(1.0) / turn(8.0), 1e-4)
+    bpe_files(tmp_path / 'bpe', metaspace=True)
+    with pytest.raises(ValueError, match='convert_hf_to_gguf.py'):
+        write_gguf(path, config, hf_meta(tmp_path / 'bpe'), hf.file_tensors(weights, config, 304, 'float32'), 'float32')
 
 
 @pytest.mark.parametrize('file, content, message', [

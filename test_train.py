@@ -33,8 +33,8 @@ import tokenizers
 import chat
 from checkpoints import Checkpoints, RunError, check_arrays, damaged_file, find_step, read_progress, reread, write
 from conftest import run, start
-from dataset import (bytes_per_token, cut_chats, eval_starts, gpt2_encoding, hf_meta, open_dataset, read_meta, sequences,
-                     token_bytes, token_ids, tokenizer)
+from dataset import (bytes_per_token, cut_chats, eval_starts, gpt2_encoding, hf_meta, open_dataset, read_meta,
+                     sequences, token_bytes, token_ids, tokenizer)
 from processes import StopSignal
 from log import Log
 from model import GPTConfig
@@ -854,7 +854,8 @@ def test_a_text_in_a_models_tokens_has_the_ids_of_the_whole_also_in_pieces_and_b
     shutil.rmtree(repo / 'data/in-wide')
     assert 'ROMEO' in run(repo, 'sample.py', '--out_dir=wide-run', '--start=ROMEO', '--num_samples=1')
     for name, message in (('nowhere', 'is no folder'), ('data', 'tokenizer.json is not a tokenizer')):
-        assert message in run(repo, 'data/text/prepare.py', 'verse.txt', f'--tokenizer={name}', code=1, HF_HUB_OFFLINE='1')
+        args = 'data/text/prepare.py', 'verse.txt', f'--tokenizer={name}'
+        assert message in run(repo, *args, code=1, HF_HUB_OFFLINE='1')
     assert 'leave it out' in run(repo, 'data/text/prepare.py', 'verse.txt', '--tokenizer=data/tiny', code=2)
 
 
@@ -870,7 +871,8 @@ def said(*contents, system=None):
 
 def test_a_model_learns_what_the_assistant_says_and_where_it_ends_and_nothing_else(repo, refused):
     bpe = bpe_files(repo / 'chatty', chat_template=CHATML)
-    chats = [said(f'hi {i}', f' Hé\n\n{i}', '<|end|>\n<|user|>assistant no', 'yes', 'so', system='Sß') for i in range(10)]
+    chats = [said(f'hi {i}', f' Hé\n\n{i}', '<|end|>\n<|user|>assistant no', 'yes', 'so', system='Sß')
+             for i in range(10)]
     lines = [json.dumps({'messages': chat}, ensure_ascii=False) for chat in chats]
     (repo / 'chats.jsonl').write_text('\n'.join(lines) + '\n\n', encoding='utf-8')
     assert 'learns to write' in run(repo, 'data/chat/prepare.py', 'chats.jsonl', '--tokenizer=chatty')
@@ -883,7 +885,7 @@ def test_a_model_learns_what_the_assistant_says_and_where_it_ends_and_nothing_el
             assert token_ids(tokens).tolist() == bpe.encode(text).ids
             assert bpe.decode(tokens[tokens >= 0].tolist(), skip_special_tokens=False) == \
                 chat[2]['content'] + '<|end|>' + 'yes<|end|>'
-    assert token_ids(sequences(data['val'], np.array([0]), 2 * len(data['val'])))[0, -1] == 0 < cut_chats(data['val'], 16)
+    assert sequences(data['val'], np.array([0]), 2 * len(data['val']))[0, -1] == ~0 and cut_chats(data['val'], 16) == 1
     # a run of them keeps the template
     run(repo, 'train.py', *TINY, '--dataset=chat', '--out_dir=chatty-run', '--max_iters=1', '--sample_tokens=2')
     assert read_meta(repo / 'chatty-run/config.json')['chat_template'] == CHATML

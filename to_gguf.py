@@ -1,5 +1,6 @@
 """
-A model as a GGUF file, which llama.cpp, Ollama and LM Studio run (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+A model as a GGUF file, which llama.cpp, Ollama and LM Studio run:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 import json
 import math
@@ -16,12 +17,23 @@ TYPES = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}
 # llama.cpp knows by name how a byte-level tokenizer cuts a text into words
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
          r"|\s+(?!\S)|\s+")
-NAMES = {('ByteLevel',): 'gpt-2', ('Digits', 'ByteLevel'): 'smollm', (WORDS % '',): 'qwen2', (WORDS % '{1,3}',): 'llama-bpe'}
+NAMES = {('ByteLevel',): 'gpt-2', ('Digits', 'ByteLevel'): 'smollm', (WORDS % '',): 'qwen2',
+         (WORDS % '{1,3}',): 'llama-bpe'}
+
+
+def words(cut):
+    """How a pre_tokenizer of a tokenizer.json cuts a text into words: regular expressions, or names."""
+    if cut.get('type') == 'Sequence':
+        return tuple(word for each in cut['pretokenizers'] for word in words(each))
+    if cut.get('type') == 'ByteLevel' and not cut.get('use_regex', True):
+        return ()
+    regex = cut.get('pattern', {}).get('Regex', cut.get('type', ''))
+    return regex.replace('\r', r'\r').replace('\n', r'\n'),
 
 
 def add_tokenizer(writer, meta, n):
-    """Writes the tokenizer of a meta.json, with names for all n rows of the embedding. Raises ValueError where llama.cpp
-    has no such tokenizer."""
+    """Writes the tokenizer of a meta.json, with names for all n rows of the embedding. Raises ValueError where it is
+    not known whether llama.cpp has it."""
     kind = gguf.TokenType
     if chars := meta['tokenizer'].get('chars'):  # a SentencePiece-like vocabulary with a piece for each character
         tokens = [c.replace(' ', '\u2581') for c in chars]
@@ -53,16 +65,12 @@ def add_tokenizer(writer, meta, n):
             writer.add_token_scores(scores)
             writer.add_add_space_prefix('Prepend' in str(described['normalizer']))
         else:
-            cut = described['pre_tokenizer'] or {}
-            cuts = [each['pattern']['Regex'] if 'pattern' in each else each['type']
-                    for each in cut.get('pretokenizers', [cut])]
-            if len(cuts) > 1 and cuts[0] in WORDS % '' + WORDS % '{1,3}':
-                cuts = cuts[:1]
-            if tuple(cuts) not in NAMES:
+            cuts = words(described['pre_tokenizer'] or {})
+            if cuts not in NAMES:
                 raise ValueError('this tokenizer cuts text in a way that is not known by name here: export a Hugging '
                                  "Face directory and run llama.cpp's convert_hf_to_gguf.py on it")
             writer.add_tokenizer_model('gpt2')
-            writer.add_tokenizer_pre(NAMES[tuple(cuts)])
+            writer.add_tokenizer_pre(NAMES[cuts])
             writer.add_token_merges(merges)
         for name, add in ('bos', writer.add_bos_token_id), ('eos', writer.add_eos_token_id):
             token = meta['tokenizer'].get(name, '<|endoftext|>' if meta['tokenizer']['kind'] == 'tiktoken' else None)
@@ -77,8 +85,8 @@ def add_tokenizer(writer, meta, n):
 
 
 def write_gguf(path, config, meta, tensors, dtype):
-    """Writes tensors, as hf.file_tensors() gives them in float32, in one of TYPES. Vectors stay float32, and so do the
-    matrices that Q8_0 cannot have, because their rows are no multiple of 32. Returns how many bytes the weights have."""
+    """Writes tensors, as hf.file_tensors() gives them in float32, in one of TYPES. Vectors stay float32, and with q8_0
+    so do matrices whose rows are no multiple of 32. Returns how many bytes the weights have. Raises ValueError."""
     writer = gguf.GGUFWriter(f'{path}.tmp', config.arch)
     writer.add_name(os.path.basename(path).removesuffix('.gguf'))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])

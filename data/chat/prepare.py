@@ -9,8 +9,8 @@ Then train with
     python train.py config/finetune_chat.py --init_from=DIR
 
 A line of a file is a chat: {"messages": [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": ...}]}.
-The model's own chat template writes it as text, or a plain one, if it has none. Writes train.bin and val.bin (four bytes
-for each token, signed: ~id for a token that is only read), and meta.json. val is the last tenth of the chats.
+The model's own chat template writes it as text, or a plain one, if it has none. Writes train.bin and val.bin (four
+bytes for each token, signed: ~id for a token that is only read), and meta.json. val is the last tenth of the chats.
 """
 import itertools
 import json

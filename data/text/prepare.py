@@ -29,7 +29,7 @@ from dataset import gpt2_encoding, hf_tokenizer
 
 parser = options(__doc__)
 parser.add_argument('--tokenizer', default='char',
-                    help="what a token is: 'char', 'gpt2', or as in a folder with a tokenizer.json, or on the Hub (char)")
+                    help="what a token is: 'char', 'gpt2', or the folder of a model, or its name on the Hub (char)")
 args, out = read_options(parser, 'text')
 
 
@@ -40,7 +40,7 @@ def can_cut(text, cut):
 
 
 def pieces_of(path, bar, check=True, size=2**20):
-    """Yields the text of a file in pieces of about `size` characters, each with the newline that comes before it, or ''.
+    """Yields the text of a file in pieces of about `size` characters, each with the newline before it, or ''.
 
     A cut is always after a newline between two visible characters, where the tokenizer makes a cut, too. So the pieces
     get the same ids as the whole text."""
