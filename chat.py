@@ -63,8 +63,11 @@ def learned(meta, chats):
 
 
 def chat_tokenizer(meta):
-    """The tokenizer of a meta.json, as a Hugging Face one. It adds no special tokens: the template writes them all."""
+    """The tokenizer of a meta.json, as a Hugging Face one. It adds no special tokens: the template writes them all.
+    Raises ValueError where no token can end an answer."""
     from dataset import gpt2_tokenizer, hf_tokenizer
+    if meta['tokenizer']['kind'] == 'char':
+        raise ValueError('a model of characters cannot chat: no token ends an answer')
     tokenizer = hf_tokenizer(meta['tokenizer']['file']) if 'file' in meta['tokenizer'] else gpt2_tokenizer()
     tokenizer.post_processor = None  # which would also leave spaces out of the tokens' positions
     return tokenizer

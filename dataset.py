@@ -84,6 +84,8 @@ def read_meta(path):
                                                                     for special in ('bos', 'eos'))}
     if type(size) is not int or size < 1 or not fits.get(str(tokenizer.get('kind'))):
         raise ValueError(f'{path} lacks vocab_size or a tokenizer that fits it')
+    if not isinstance(meta.get('chat_template', ''), str):
+        raise ValueError(f'{path}: chat_template is not a text')
     if meta.get('dtype', 'uint16') not in ('uint16', 'uint32', 'int32'):
         raise ValueError(f'{path}: dtype = {meta["dtype"]!r}: must be uint16, uint32 or int32')
     if tokenizer['kind'] == 'hf':

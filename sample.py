@@ -39,6 +39,9 @@ if not checkpoint.isdecimal():
 if not 0 < top_p <= 1:
     fail(f'top_p = {top_p}: must be above 0 and at most 1')
 
+for key in given & ({'start', 'num_samples'} if chat else {'system'}):
+    fail(f'{key} = {config[key]!r}: {"a talk has none" if chat else "it begins a talk, so add --chat"}')
+
 from dataclasses import replace
 
 import jax

@@ -5,6 +5,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import json
 import math
 import os
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -87,7 +88,9 @@ def add_tokenizer(writer, meta, n):
 def write_gguf(path, config, meta, tensors, dtype):
     """Writes tensors, as hf.file_tensors() gives them in float32, in one of TYPES. Vectors stay float32, and with q8_0
     so do matrices whose rows are no multiple of 32. Returns how many bytes the weights have. Raises ValueError."""
-    writer = gguf.GGUFWriter(f'{path}.tmp', config.arch)
+    new = Path(f'{path}.tmp')
+    new.unlink(missing_ok=True)  # it may be a link to another file
+    writer = gguf.GGUFWriter(new, config.arch)
     writer.add_name(os.path.basename(path).removesuffix('.gguf'))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
     writer.add_context_length(config.block_size)
@@ -126,9 +129,12 @@ def write_gguf(path, config, meta, tensors, dtype):
             x = gguf.quants.quantize(x, kind)
         writer.add_tensor(name, x, raw_dtype=None if plain or dtype == 'float32' else kind)
         size += x.nbytes
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(f'{path}.tmp', path)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
     return size

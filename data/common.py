@@ -138,7 +138,7 @@ def find_tokenizer(name):
     model on the Hugging Face Hub. Ends the script if it has none."""
     if name == 'gpt2':
         return GPT2_META
-    folder = Path(name)
+    folder = Path(name).parent if Path(name).is_file() else Path(name)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
         try:
