@@ -110,6 +110,9 @@ def hf_meta(folder):
     vocab = hf_tokenizer(file).get_vocab()
     if vocab == gpt2_vocabulary()[0]:
         return GPT2_META | ({'chat_template': template} if isinstance(template, str) else {})
+    pieces = (read_json(file).get('pre_tokenizer') or {}).get('pattern')
+    if pieces == {'Regex': r'[\s\S]'} and max(map(len, vocab)) == 1:  # characters, as hf.py writes them
+        return {'vocab_size': len(vocab), 'tokenizer': {'kind': 'char', 'chars': ''.join(sorted(vocab, key=vocab.get))}}
     content = lambda token: token.get('content') if isinstance(token, dict) else token  # an older and a newer spelling
     special = {name: content(config.get(f'{name}_token')) for name in ('bos', 'eos')}
     special = {name: token for name, token in special.items() if isinstance(token, str) and token in vocab}

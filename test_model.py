@@ -5,11 +5,13 @@ Claims about the model and its maths. Each can fail: break the property and see.
 """
 import ast
 import dataclasses
+import fnmatch
 import functools
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -337,7 +339,7 @@ def gpt2_files(folder, config, prefix='transformer.', parts=1, dtype=np.float32,
     (dict(n_layer=3, n_head=4, n_embd=48, vocab_size=101, block_size=24), dict(prefix='', old_names=False)),
     (dict(n_layer=1, n_head=1, n_embd=8), dict(parts=3)),
     (dict(bias=False, n_head=8), dict(bias=False, old_names=False)),
-    (dict(bias=False), dict(parts=2, prefix='')),
+    (dict(bias=False), dict(parts=2, prefix='', dtype=jnp.bfloat16)),
     (dict(), dict(bias=False, old_names=False)),  # what export.py wrote without biases, and somebody has trained since
     (dict(), dict(dtype=np.float16)),
 ], ids=str)
@@ -351,13 +353,18 @@ def test_weights_in_gpt2s_files_give_the_logits_of_a_numpy_forward_pass(tmp_path
     close(model(idx), numpy_gpt(weights, idx, config.n_head), 1e-4)
 
 
-def test_a_context_can_be_cropped_and_not_stretched(tmp_path):
+def test_a_context_can_be_cropped_and_only_that_of_rotary_positions_stretched(tmp_path, capsys):
     weights, idx = gpt2_files(tmp_path, TINY), tokens(2, 8)
     model = load_model(tmp_path, block_size=8, dropout=0.1)
     assert model.wpe.weight.shape == (8, 32) and model.config.dropout == 0.1
     close(model(idx), numpy_gpt(weights, idx, TINY.n_head), 1e-4)
     with pytest.raises(ValueError, match='block_size = 17'):
         load_model(tmp_path, block_size=17)
+    # rotary positions go on
+    hf_config, idx = rotary_files(tmp_path / 'hf', MODERN), tokens(1, 40)
+    longer = load_model(tmp_path / 'hf', block_size=40)
+    assert 'warning: block_size = 40: ' in capsys.readouterr().err
+    close(longer(idx), numpy_rotary(load_file(tmp_path / 'hf/model.safetensors'), hf_config, idx), 1e-4)
 
 
 @pytest.mark.parametrize('files, message', [
@@ -515,6 +522,28 @@ def test_json_files_may_hold_anything(tmp_path, file, content, message):
     (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=message):
         open_model(tmp_path)
+
+
+def test_a_model_of_the_hub_is_downloaded_once_the_weights_last(tmp_path, monkeypatch):
+    rotary_files(tmp_path / 'there', MODERN)
+    cache, calls = tmp_path / 'cache', []
+
+    def snapshot_download(repo, allow_patterns, local_files_only):
+        if not local_files_only:
+            calls.append(allow_patterns)
+            shutil.copytree(tmp_path / 'there', cache, dirs_exist_ok=True, ignore=lambda _, names: [
+                name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)])
+        return str(cache)
+
+    monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
+    monkeypatch.setattr('huggingface_hub.get_hf_file_metadata', lambda url: url)
+    for _ in range(2):
+        config, meta, _ = open_model('Qwen/Qwen3-0.6B')
+        assert config.arch == 'qwen3' and vocabulary(meta) == vocabulary(char_meta(37))
+        assert len(calls) == 2 and 'config.json' in calls[0] and 'model.safetensors' in calls[1]
+    assert not (cache / 'meta.json').exists()
+    with pytest.raises(ValueError, match='Qwen/Qwen3-0.6B/config.json.*none of gpt2'):
+        open_model('./Qwen/Qwen3-0.6B')
 
 
 def test_without_a_network_gpt2_says_what_to_put_where(tmp_path):
@@ -1022,14 +1051,17 @@ def test_other_models_train_alike_on_meshes_too_and_in_bfloat16_and_go_on_on_any
         assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
 
 
-def test_lora_is_the_same_on_every_mesh(tmp_path):
-    gpt2_files(tmp_path, TINY)
+def test_lora_is_the_same_on_every_mesh_and_with_its_base_in_bfloat16_as_it_came(tmp_path):
+    gpt2_files(tmp_path, TINY, dtype=jnp.bfloat16, old_names=False)
     config, tx, batch = dataclasses.replace(LORA, lora_rank=8), make_optimizer(0.9, 0.99, 0.1, 1.0), tokens(2, 8, 17)
     adapters = sum(x.size for x in jax.tree.leaves(lora.split(init_params(config, 0), config)[0]))
     alone = None
     for data, tensor, fsdp in ((1, 1, False), (8, 1, False), (4, 2, True), (2, 4, False)):
         mesh = mesh_of(data, tensor)
-        state = init_state(config, tx, 0) | {'base': open_model(tmp_path)[2](16, on_mesh(mesh, fsdp))}
+        _, meta, read = open_model(tmp_path)
+        dtype = meta['base_dtype'] if alone else 'float32'
+        state = init_state(config, tx, 0) | {'base': read(16, on_mesh(mesh, fsdp), dtype)}
+        assert state['base']['wte']['weight'].dtype == ('bfloat16' if alone else 'float32')
         where = shardings(state, mesh, fsdp)
         # the base was read to where it belongs
         assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state['base'], where['base']))

@@ -31,13 +31,14 @@ import pytest
 import tokenizers
 
 import chat
+import hf
 from checkpoints import Checkpoints, RunError, check_arrays, damaged_file, find_step, read_progress, reread, write
 from conftest import run, start
 from dataset import (bytes_per_token, cut_chats, eval_starts, gpt2_encoding, hf_meta, open_dataset, read_meta,
                      sequences, token_bytes, token_ids, tokenizer)
 from processes import StopSignal
 from log import Log
-from model import GPTConfig
+from model import GPTConfig, init_params
 from rundir import check_out_dir, clear_run, commit, load_model, lock_out_dir, open_model, open_run, resume_config
 from test_model import bpe_files, numpy_gpt, numpy_rotary
 
@@ -1320,6 +1321,33 @@ def test_a_run_of_version_2_goes_on_and_its_export_is_what_numpy_makes_of_it(rep
     rows = log_of(out_dir)
     assert_close_losses(rows, went_on)
     assert [row['tokens'] for row in rows[-2:]] == [str(69 * 128), str(70 * 128)]  # the column is new
+
+
+def test_a_model_of_hugging_faces_goes_back_as_it_came(repo, tmp_path):
+    """With its config.json, its tokenizer and all rows of its vocabulary, which has room for more tokens. LoRA holds its
+    matrices in bfloat16, as the file does."""
+    config = GPTConfig(block_size=64, vocab_size=320, n_layer=1, n_head=4, n_kv_head=2, head_dim=8, n_embd=16,
+                       n_inner=32, arch='qwen2', tied=False)
+    theirs = hf.export_config(config, {'pad_token_id': 7}, 320, 'bfloat16')
+    hf.write_directory(tmp_path / 'qwen', {'config.json': theirs, 'generation_config.json': {'eos_token_id': [0, 1]}},
+                       hf.file_tensors(init_params(config, 0), config, 320, 'bfloat16'))
+    bpe_files(tmp_path / 'qwen', chat_template='{{ messages }}')  # with 300 tokens
+    run(repo, 'data/text/prepare.py', 'verse.txt', f"--tokenizer={tmp_path / 'qwen'}", '--name=verse-hf')
+    args = [arg for arg in LORA if not arg.startswith('--init_from')]
+    run(repo, 'train.py', *args, f"--init_from={tmp_path / 'qwen'}", '--dataset=verse-hf', '--out_dir=qwen-lora',
+        '--max_iters=3')
+    resume(repo, 'qwen-lora', '--max_iters=6')
+    base = open_model(tmp_path / 'qwen')[2](dtype='bfloat16')
+    assert base['wte']['weight'].dtype == 'bfloat16' and same(arrays_in(repo / 'qwen-lora/base/params'), base)
+    run(repo, 'export.py', '--out_dir=qwen-lora', f"--hf_dir={tmp_path / 'back'}", '--checkpoint=latest',
+        '--dtype=bfloat16')
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.suffix == '.json'}
+             for name in ('qwen', 'back')]
+    configs = [json.loads(each.pop('config.json')) for each in files]
+    assert files[0] == files[1] and configs[0] == configs[1] and configs[0]['max_position_embeddings'] == 64
+    back, run_of_it = load_model(tmp_path / 'back'), load_model(repo / 'qwen-lora', 'latest')
+    np.testing.assert_allclose(params_of(back)['lm_head']['weight'], base['lm_head']['weight'])
+    np.testing.assert_allclose(back(np.arange(16)[None]), run_of_it(np.arange(16)[None]), atol=0.02)
 
 
 def test_an_export_replaces_an_export_and_nothing_else(repo, base, refused):
