@@ -25,7 +25,7 @@ eval_iters = 200  # batches of each split in an evaluation; the same ones every 
 eval_only = False  # stop right after the first evaluation; its result is printed last, as a line of JSON
 always_save_checkpoint = True  # save at every evaluation; if False, only when the validation loss improves
 keep_interval = 0  # keep a checkpoint after every so many iterations for good; 0: keep the latest two and the best
-init_from = 'scratch'  # 'scratch', 'resume', 'gpt2' to 'gpt2-xl', or a path: a run or GPT-2's files; 'auto': see README
+init_from = 'scratch'  # 'scratch', 'resume', 'gpt2', 'Qwen/Qwen3-0.6B', ..., or a path: a run, a model; 'auto': see README
 checkpoint = 'latest'  # from where to resume: or 'best', or the number of one; later ones are put aside
 sample_tokens = 0  # print a text of so many tokens at every evaluation
 # wandb logging
