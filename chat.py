@@ -127,6 +127,8 @@ def talk(meta, write, say, room, system=''):
             say('\n')
             writing = False
             messages.append({'role': 'assistant', 'content': answer.rstrip()})
+    if sys.stdin.isatty():
+        say('\n')
 
 
 def limit(name, value):
