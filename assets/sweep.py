@@ -90,11 +90,12 @@ varied = [i for i, name in enumerate(names) if len({curve[i] for curve in losses
 axes = Figure(figsize=(7, 5), layout='constrained').subplots()
 for curve, by_rate in sorted(losses.items()):
     means = {lr: float(np.mean(by_rate[lr])) for lr in sorted(by_rate)}
-    label = ', '.join(f'{names[i]}={curve[i]}' for i in varied)
+    label = ', '.join(f'{names[i]}={curve[i]}' for i in varied) or path.stem
     best = min(means, key=means.get)
     print(f'{label}: {means[best]:.4f} at {best:g};', ', '.join(f'{lr:g}: {loss:.4f}' for lr, loss in means.items()))
     axes.semilogx(means.keys(), means.values(), marker='.', base=2, label=label)
 axes.set(xlabel='learning rate', ylabel='validation loss')
+axes.xaxis.set_major_formatter('{x:.1e}')
 axes.legend()
 axes.grid(alpha=0.3)
 axes.figure.savefig('sweep.png', dpi=100)
