@@ -1012,7 +1012,7 @@ def test_the_loss_is_the_same_on_every_mesh_and_every_mesh_goes_on_with_the_chec
         state, curve = go_on(state, 0, 6)
         assert_each_device_holds_its_part(state, mesh)
         checkpoints = Checkpoints(tmp_path / str(mesh))
-        checkpoints.save(6, state, NO_BEST)
+        checkpoints.save(6, state, dict(iter_num=6, wandb_id=None, **NO_BEST))
         checkpoints.wait()
         saved[mesh] = jax.tree.map(np.asarray, state)
         curves[mesh] = curve + go_on(state, 6, 10)[1]
@@ -1036,7 +1036,7 @@ def test_other_models_train_alike_on_meshes_too_and_in_bfloat16_and_go_on_on_any
         state, curve = go_on(state, 0, 6)
         if one is None:
             saved = jax.tree.map(np.asarray, state)
-            checkpoints.save(6, state, NO_BEST)
+            checkpoints.save(6, state, dict(iter_num=6, wandb_id=None, **NO_BEST))
             checkpoints.wait()
             one = curve + go_on(state, 6, 10)[1]
         np.testing.assert_allclose(curve, one[:6], atol=1e-4, err_msg=str(mesh))
