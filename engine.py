@@ -39,7 +39,7 @@ def prefill(params, window, config):
 
 
 def draw(logits, key, group, front, sampling):
-    """The next token of each row, from its logits (B, V). Ten rows at a time, a group, share a key, and so the text of a
+    """The next token of each row, from its logits (B, V). Ten rows at a time, a group, share a key, so the text of a
     row is the same whatever other rows are written with it. The first row here is row `front` of a `group`."""
     B, V = logits.shape
     how = sampling.temperature, sampling.top_k, sampling.top_p

@@ -126,7 +126,7 @@ class Log:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(e, BrokenPipeError):  # as when Ctrl-C also ends the `tee` behind train.py
                 self.stop.output_closed()
-            else:  # as in `python train.py > log.txt` on a full disk
+            elif not self.stop.number:  # as in `python train.py > log.txt` on a full disk, but not on a closed terminal
                 self.stop.because(f'the output cannot be written: {e.strerror}')
 
     def progress(self, text):

@@ -611,7 +611,7 @@ def test_an_export_that_fails_leaves_the_earlier_one_and_nothing_else(tmp_path, 
 
 @pytest.mark.parametrize('changes, message', [
     (dict(num_key_value_heads=1), r'self_attn.k_proj.weight is \[32, 32\], .* \[16, 32\]'),
-    (dict(num_key_value_heads='left out'), 'config.json: n_kv_head = 32: must divide n_head = 2'),  # Qwen3's own default
+    (dict(num_key_value_heads='left out'), 'config.json: n_kv_head = 32: must divide n_head = 2'),  # Qwen3's
     (dict(head_dim=32), r'self_attn.q_proj.weight is \[32, 32\], .* \[64, 32\]'),
     (dict(tie_word_embeddings='left out'), 'lacks the tensor lm_head.weight'),
     (dict(tie_word_embeddings=1), 'tie_word_embeddings = 1 is not true or false'),

@@ -479,7 +479,8 @@ def test_the_notebook_runs_from_top_to_bottom(repo, tmp_path, monkeypatch):
     (repo / 'config/train_tiny.py').touch()
     (repo / 'data/tiny/prepare.py').touch()
     (repo / 'requirements.txt').write_text('jax>=1\nflax>=2\n')
-    for name, script in ('pip', 'cat others.tmp; echo "$@"'), ('python', f'cd {tmp_path}; echo "$@" > asked; cat answer'):
+    python = f'cd {tmp_path}; echo "$@" > asked; cat answer'
+    for name, script in ('pip', 'cat others.tmp; echo "$@"'), ('python', python):
         (tmp_path / name).write_text(f'#!/bin/sh\n{script}\n')
         (tmp_path / name).chmod(0o755)
     for name in ('asked', 'answer'):
@@ -534,7 +535,7 @@ def test_a_script_ends_without_a_word_when_nobody_reads_its_output_any_more_and_
 
 
 def test_data_that_turns_out_to_be_damaged_ends_a_run_after_saving_it(repo, whole):
-    """A token outside the vocabulary is found in the first 100 million before the run, later ones when it gets there."""
+    """A token outside the vocabulary is found before the run in the first 100 million, later ones then."""
     shutil.copytree(repo / 'data/tiny', repo / 'data/worn')
     path = repo / 'data/worn/train.bin'
     good = path.read_bytes()
@@ -1205,8 +1206,9 @@ def test_an_evaluation_of_fineweb_is_the_one_that_others_do(repo):
 
 
 @pytest.mark.parametrize('tokens, header, message', [
-    ([1, 2], (), 'lacks fineweb_val_000000.bin'), ([50257], (), 'token 50257'), ([1, 2], (20240520, 1, 3), 'is cut off'),
-    ([1, 2], (20240520, 2, 2), 'does not begin with'), ([], (), 'holds 0 tokens')])
+    ([1, 2], (), 'lacks fineweb_val_000000.bin'), ([50257], (), 'token 50257'),
+    ([1, 2], (20240520, 1, 3), 'is cut off'), ([1, 2], (20240520, 2, 2), 'does not begin with'),
+    ([], (), 'holds 0 tokens')])
 def test_a_damaged_file_of_fineweb_is_one_line_and_leaves_nothing(repo, tmp_path, tokens, header, message):
     fineweb_file(tmp_path / 'fineweb_train_000001.bin', tokens, *header)
     if 'lacks' not in message:
@@ -1324,8 +1326,8 @@ def test_a_run_of_version_2_goes_on_and_its_export_is_what_numpy_makes_of_it(rep
 
 
 def test_a_model_of_hugging_faces_goes_back_as_it_came(repo, tmp_path):
-    """With its config.json, its tokenizer and all rows of its vocabulary, which has room for more tokens. LoRA holds its
-    matrices in bfloat16, as the file does."""
+    """With its config.json, its tokenizer and all rows of its vocabulary, which has room for more tokens. LoRA holds
+    its matrices in bfloat16, as the file does."""
     config = GPTConfig(block_size=64, vocab_size=320, n_layer=1, n_head=4, n_kv_head=2, head_dim=8, n_embd=16,
                        n_inner=32, arch='qwen2', tied=False)
     theirs = hf.export_config(config, {'pad_token_id': 7}, 320, 'bfloat16')

@@ -25,7 +25,7 @@ eval_iters = 200  # batches of each split in an evaluation; the same ones every 
 eval_only = False  # stop right after the first evaluation; its result is printed last, as a line of JSON
 always_save_checkpoint = True  # save at every evaluation; if False, only when the validation loss improves
 keep_interval = 0  # keep a checkpoint after every so many iterations for good; 0: keep the latest two and the best
-init_from = 'scratch'  # 'scratch', 'resume', 'gpt2', 'Qwen/Qwen3-0.6B', ..., or a path: a run, a model; 'auto': see README
+init_from = 'scratch'  # 'scratch', 'resume', 'auto', 'gpt2', 'Qwen/Qwen3-0.6B', or a path of a run or a model: README
 checkpoint = 'latest'  # from where to resume: or 'best', or the number of one; later ones are put aside
 sample_tokens = 0  # print a text of so many tokens at every evaluation
 # wandb logging
@@ -148,9 +148,9 @@ with refuse(ValueError, RuntimeError, OSError):
     devices = find_devices(device)
     mesh = make_mesh(devices, mesh_data, mesh_tensor)
     run = out_dir if init_from == 'resume' else init_from
-    check_alike(config | {'dtype': dtype or best_dtype(devices, kernels)}, (_here, '*.py'),
-                (_here, f'data/{dataset}/*.bin'), (_here, f'data/{dataset}/*.json'),
-                (run, '*.json'), (run, 'checkpoints/*/*.json'))
+    data_folder = os.path.join(data_dir or os.path.join(_here, 'data'), dataset)
+    check_alike(config | {'dtype': dtype or best_dtype(devices, kernels)}, (_here, '*.py'), (data_folder, '*.bin'),
+                (data_folder, '*.json'), (run, '*.json'), (run, 'checkpoints/*/*.json'))
     if not eval_only:
         check_shared(out_dir)
 if compile_cache:
@@ -166,7 +166,7 @@ with refuse(ValueError, OSError):
         pretrained, pretrained_meta, read_pretrained = open_model(init_from)
         config = adopt_shape(config, pretrained, typed, init_from)
         globals().update(config)
-    data, meta = open_dataset(os.path.join(data_dir or os.path.join(_here, 'data'), dataset), block_size)
+    data, meta = open_dataset(data_folder, block_size)
     if sample_tokens:
         tokenizer(meta['tokenizer'])  # is its vocabulary there?
     # (G, B): an iteration has G micro-batches of B sequences; and the same for an evaluation
