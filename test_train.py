@@ -1360,7 +1360,7 @@ def test_an_export_replaces_an_export_and_nothing_else(repo, base, refused):
     half, full = (params_of(model)['wte']['weight'] for model in (load_model(repo / 'hf-again'), base))
     np.testing.assert_allclose(half, full, rtol=2**-8)
     (repo / 'hf-again/mine.txt').write_text('do not delete')
-    assert 'other files' in refused(*args, '--overwrite=True') and not list(repo.glob('*.tmp'))
+    assert 'other files' in refused(*args, '--overwrite=True') and not list(repo.glob('hf-again*.tmp'))
 
 
 def test_an_exported_character_tokenizer_returns_what_it_was_given(repo):
