@@ -105,6 +105,8 @@ def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):
     for wrong, number in (not there.is_dir(), errno.ENOTDIR), (not os.access(there, os.W_OK), errno.EACCES):
         if wrong and not eval_only:
             raise OSError(number, os.strerror(number), out_dir)
+    if (folder / 'log.csv').is_dir() and not eval_only:
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), os.path.join(out_dir, 'log.csv'))
     exists = lambda path: os.path.lexists(path) or path.exists()
     names = ('config.json', 'best.json', 'log.csv', 'loss.png', 'checkpoints', 'base', 'tokenizer.json', 'hf')
     found = [name for name in names if exists(folder / name) and not is_empty_folder(folder / name)]
