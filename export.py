@@ -54,5 +54,5 @@ with refuse(OSError, ValueError, code=1):
     else:
         size = sum(x.nbytes for x in tensors.values())
         hf.write_directory(hf_dir, files, tensors)
-print(f'{hf_dir}: {sum(x.size for x in tensors.values()):,} parameters in {dtype}, {size / 1e6:.1f} MB, '
+print(f'{for_terminal(hf_dir)}: {sum(x.size for x in tensors.values()):,} parameters in {dtype}, {size / 1e6:.1f} MB, '
       f'{vocab_size:,} tokens')
