@@ -21,9 +21,9 @@ SECONDS = 10  # that a template may take, and 0.1 for each chat
 
 def render(meta, chats):
     """The texts of chats by the template of a meta.json. A chat is a pair: messages, [{'role': ..., 'content': ...}],
-    and a list of (n, add_generation_prompt): of the first n messages, with the words that an answer follows, or
-    without. Its result is a list of texts, or a str that says why there is none. Raises ValueError if the template is
-    no template, or takes too long."""
+    and a list of pairs (n, add_generation_prompt), each of which asks for the text of the first n messages, and whether
+    it ends with the words that begin an answer. The result of a chat is a list of these texts, or a str that says why
+    there is none. Raises ValueError if the template is no template, or takes too long."""
     missing = '<|endoftext|>' if meta['tokenizer']['kind'] == 'tiktoken' else ''
     special = {f'{name}_token': meta['tokenizer'].get(name, missing) for name in ('bos', 'eos')}
     request = {'template': meta.get('chat_template', PLAIN), 'special': special, 'chats': chats}
@@ -65,10 +65,10 @@ def learned(meta, chats):
 def chat_tokenizer(meta):
     """The tokenizer of a meta.json, as a Hugging Face one. It adds no special tokens: the template writes them all.
     Raises ValueError where no token can end an answer."""
-    from dataset import gpt2_tokenizer, hf_tokenizer
+    from dataset import subword_tokenizer
     if meta['tokenizer']['kind'] == 'char':
         raise ValueError('a model of characters cannot chat: no token ends an answer')
-    tokenizer = hf_tokenizer(meta['tokenizer']['file']) if 'file' in meta['tokenizer'] else gpt2_tokenizer()
+    tokenizer = subword_tokenizer(meta['tokenizer'])
     tokenizer.post_processor = None  # which would also leave spaces out of the tokens' positions
     return tokenizer
 

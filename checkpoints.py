@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
 
-from dataset import as_path, in_cloud, read_json
+from dataset import as_path, in_cloud, read_json, remove
 
 
 # Orbax logs what it raises, too, and its threads outlive its event loop after a failed read or write
@@ -46,16 +46,6 @@ def write(path, content):
     with open(new, 'xb') as f:  # `w` would go through a symbolic link, and write over another file
         f.write(content)
     os.replace(new, path)
-
-
-def remove(path):
-    """Removes a file, a folder with all that it holds, or a symbolic link, but never what a link leads to."""
-    if in_cloud(path):
-        path.rmtree(missing_ok=True)
-    elif path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def saved_steps(out_dir):

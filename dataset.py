@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -51,6 +52,16 @@ def reach_bucket(name):
         advice = 'pip install gcsfs' if isinstance(e, ImportError) else 'gcloud auth application-default login'
         reason = str(e).partition('\n')[0]
         raise ValueError(f'gs://{name}: {type(e).__name__}: {reason} ({advice} may help)') from None
+
+
+def remove(path):
+    """Removes a file, a folder with all that it holds, or a symbolic link, but never what a link leads to."""
+    if in_cloud(path):
+        path.rmtree(missing_ok=True)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_json(path):
@@ -176,6 +187,11 @@ def hf_tokenizer(file):
         return Tokenizer.from_buffer(as_path(file).read_bytes())
     except Exception as e:  # the library raises nothing else
         raise ValueError(f'{file} is not a tokenizer ({e})') from None
+
+
+def subword_tokenizer(meta):
+    """The tokenizer in a meta.json, whose tokens are no characters, as a Hugging Face one."""
+    return hf_tokenizer(meta['file']) if 'file' in meta else gpt2_tokenizer()
 
 
 def tokenizer(meta):

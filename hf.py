@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.nnx.traversals import flatten_mapping
 
-from dataset import as_path, gpt2_vocabulary, read_json
+from dataset import as_path, gpt2_vocabulary, read_json, remove
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # what a run that starts from a model keeps beside the tokenizer.json, so that its export can give it back as it came
@@ -371,11 +371,3 @@ def write_directory(folder, files, tensors):
         raise OSError(f'{folder}: {e}') from None
     finally:
         remove(new)
-
-
-def remove(path):
-    """Removes what an earlier export may have left over: a folder, a file, or a link, but not what that leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -164,15 +164,21 @@ def dropout(x, rate, key):
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def rotary_angles(pos, T, hs, theta, factor=1.0, context=8192):
-    """Cosines and sines, (T, hs) each, for T positions from pos on: channels i and i + hs / 2 are a pair, which turns
-    by theta^(-2 i / hs) from one position to the next (RoPE, https://arxiv.org/abs/2104.09864). With Llama 3's factor,
-    pairs that turn less than once in `context` tokens turn so many times slower, and those above 4 times as before."""
+def rotary_speeds(hs, theta, factor=1.0, context=8192):
+    """How far each pair of channels, i and i + hs / 2, turns from one position to the next: theta^(-2 i / hs), an array
+    (hs / 2,). With Llama 3's factor, pairs that turn less than once in `context` tokens turn so many times slower, and
+    those that turn more than 4 times as before."""
     speeds = theta ** (-jnp.arange(0, hs, 2, dtype=jnp.float32) / hs)
     if factor != 1:
         fast = jnp.clip((speeds * context / (2 * math.pi) - 1) / (4 - 1), 0, 1)
         speeds *= fast + (1 - fast) / factor
-    angles = (pos + jnp.arange(T, dtype=jnp.float32))[:, None] * speeds
+    return speeds
+
+
+def rotary_angles(pos, T, hs, theta, factor=1.0, context=8192):
+    """Cosines and sines, (T, hs) each, of the angles at T positions from pos on (RoPE,
+    https://arxiv.org/abs/2104.09864)."""
+    angles = (pos + jnp.arange(T, dtype=jnp.float32))[:, None] * rotary_speeds(hs, theta, factor, context)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
 

@@ -3,14 +3,14 @@ A model as a GGUF file, which llama.cpp, Ollama and LM Studio run:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 import json
-import math
 import os
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-from dataset import gpt2_tokenizer, hf_tokenizer
+from dataset import subword_tokenizer
+from model import rotary_speeds
 
 FILE_TYPES = {'float32': 'ALL_F32', 'float16': 'MOSTLY_F16', 'bfloat16': 'MOSTLY_BF16', 'q8_0': 'MOSTLY_Q8_0'}
 TYPES = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}
@@ -45,7 +45,7 @@ def add_tokenizer(writer, meta, n):
         types = [kind.NORMAL] * n
         bos = False
     else:
-        tokenizer = hf_tokenizer(meta['tokenizer']['file']) if 'file' in meta['tokenizer'] else gpt2_tokenizer()
+        tokenizer = subword_tokenizer(meta['tokenizer'])
         id_of = tokenizer.get_vocab()
         special = {id: token.special for id, token in tokenizer.get_added_tokens_decoder().items()}
         tokens = [f'[PAD{i}]' for i in range(n)]
@@ -114,10 +114,9 @@ def write_gguf(path, config, meta, tensors, dtype):
     kind, size = gguf.GGMLQuantizationType[TYPES[dtype]], 0
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.arch.upper()], config.n_layer)
     if config.arch != 'gpt2' and config.rope_factor != 1:  # how much slower each pair of channels turns
-        speeds = config.rope_theta ** (-np.arange(0, config.head_size, 2) / config.head_size)
-        turns = config.rope_context * speeds / (2 * math.pi)
-        keep = np.clip((turns - 1) / 3, 0, 1)
-        writer.add_tensor('rope_freqs.weight', (1 / (keep + (1 - keep) / config.rope_factor)).astype(np.float32))
+        usual = rotary_speeds(config.head_size, config.rope_theta)
+        slower = rotary_speeds(config.head_size, config.rope_theta, config.rope_factor, config.rope_context)
+        writer.add_tensor('rope_freqs.weight', np.asarray(usual / slower))
     for name, x in tensors.items():
         name = names.get_name(name, try_suffixes=('.weight', '.bias'))
         if config.arch == 'gpt2' and x.ndim == 2 and name.startswith('blk'):  # (in, out), and here it is (out, in)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
-from dataset import eval_starts, open_dataset, padded, train_starts
+from dataset import eval_starts, open_dataset, padded, sequences, train_starts
 from devices import best_dtype, choose_kernels
 from model import GPTConfig
 from optim import get_lr, make_optimizer
@@ -48,7 +48,7 @@ def val_loss_of(run):
     config, _ = choose_kernels(config, jax.devices(), False, '')
     hyper = run.beta1, run.beta2, run.weight_decay, run.embd_lr_scale
     state = init_state(config, make_optimizer(*hyper[:3], 1.0, run.optimizer, hyper[3]), run.seed)
-    batch = lambda split, starts: data[split][starts[..., None] + np.arange(run.block_size + 1)]
+    batch = lambda split, starts: sequences(data[split], starts, run.block_size)
     for it in range(run.max_iters):
         lr = get_lr(it, run.learning_rate, run.warmup_iters, run.max_iters, 0.0, 'linear')
         starts = train_starts(data['train'], (1, run.batch_size), run.block_size, run.seed, it)
