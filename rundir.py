@@ -34,8 +34,8 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 import hf
 import lora
-from checkpoints import check_arrays, damaged_file, find_step, load_base, remove, reread, saved_steps, write
-from dataset import GPT2_META, as_path, dataset_name, gpt2_vocabulary, hf_meta, in_cloud, read_json, read_meta
+from checkpoints import check_arrays, damaged_file, find_step, load_base, reread, saved_steps, write
+from dataset import GPT2_META, as_path, dataset_name, gpt2_vocabulary, hf_meta, in_cloud, read_json, read_meta, remove
 from devices import choose_kernels
 from model import GPTConfig, abstract_params, build
 from step import on_one_device
@@ -65,6 +65,10 @@ def lock_out_dir(out_dir, wait=0):
     raise ValueError(f'out_dir = {out_dir!r} is in use by another training process{advice}')
 
 
+# what a run leaves in out_dir beside its config.json, which tells whose these are, and its lock
+OF_A_RUN = ('best.json', 'log.csv', 'loss.png', 'checkpoints', 'base', 'tokenizer.json', 'hf')
+
+
 def clear_run(out_dir):
     """Removes the run that out_dir holds, and nothing else: in checkpoints/ only what has a checkpoint's name, and of a
     symbolic link only the link. config.json goes last: while it is there, it tells whose the other files are. All
@@ -76,8 +80,9 @@ def clear_run(out_dir):
             for path in (folder / 'checkpoints').iterdir():
                 if re.match(r'\d+($|\.orbax-)', path.name):
                     remove(path)
-        for name in ('best.json', 'log.csv', 'loss.png', 'base', 'tokenizer.json', 'hf', 'config.json'):
-            remove(folder / name)
+        for name in (*OF_A_RUN, 'config.json'):
+            if name != 'checkpoints':
+                remove(folder / name)
     sync_global_devices('cleared')
 
 
@@ -108,7 +113,7 @@ def check_out_dir(out_dir, init_from, overwrite=False, eval_only=False):
     if (folder / 'log.csv').is_dir() and not eval_only:
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), os.path.join(out_dir, 'log.csv'))
     exists = lambda path: os.path.lexists(path) or path.exists()
-    names = ('config.json', 'best.json', 'log.csv', 'loss.png', 'checkpoints', 'base', 'tokenizer.json', 'hf')
+    names = 'config.json', *OF_A_RUN
     found = [name for name in names if exists(folder / name) and not is_empty_folder(folder / name)]
     if found and init_from != 'resume' and not eval_only:
         if not is_run(folder):

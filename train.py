@@ -184,8 +184,6 @@ if vocabulary(meta) != vocabulary(known):
     fail(f'dataset = {dataset!r} has another vocabulary than {source}')
 # LoRA holds the frozen matrices in the type in which they came
 base_dtype = known.get('base_dtype', 'float32') if lora_rank else 'float32'
-
-
 for split in data:
     if n := cut_chats(data[split], block_size):
         warn(f'{n:,} of the chats in {split} are longer than block_size = {block_size}: their ends are not seen')
