@@ -68,7 +68,7 @@ with refuse(ValueError, OSError):
 if chat:
     from chat import talk
     with refuse(ValueError, OSError):
-        model = build(config, read())
+        model = build(config, read(config.block_size))
 
     def write(ids, ends):
         ids = ids[-config.block_size:]
