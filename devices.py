@@ -230,7 +230,7 @@ def compile_for(mesh, lowered):
     # simulated devices share the memory
     needed = sum(memory_use(program).values()) * (len(mesh.local_devices) if on_cpu else 1)
     if needed > limit:
-        raise out_of_memory(f'needs {needed / 2**30:.1f} GiB, a device has {limit / 2**30:.1f}')
+        raise out_of_memory(f'needs {needed / 2**30:.2f} GiB, a device has {limit / 2**30:.2f}')
     return program
 
 

@@ -52,7 +52,7 @@ def test_what_needs_more_memory_than_a_process_may_use_is_refused_and_not_killed
     devices.compile_for(mesh, program)
     rss = psutil.Process().memory_info().rss
     monkeypatch.setattr(devices, 'memory_limit', lambda: rss + 2**31)
-    with pytest.raises(MemoryError, match=r'needs 4.0 GiB, a device has 1.\d'):
+    with pytest.raises(MemoryError, match=r'needs 4.00 GiB, a device has 1.\d'):
         devices.compile_for(mesh, program)
     monkeypatch.setattr(devices, 'memory_limit', lambda: rss)
     with pytest.raises(ValueError, match='JAX itself takes all'):  # before XLA aborts

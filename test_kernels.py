@@ -254,21 +254,21 @@ def test_the_log_names_what_was_edited_and_a_plain_run_needs_no_kernels(tmp_path
     small = ['config/train_shakespeare_char.py', 'config/laptop.py', '--dataset=text', '--eval_iters=1', '--n_layer=1',
              '--block_size=16', '--max_iters=1', '--dtype=float32', '--overwrite=True', '--eval_interval=1']
     first = lambda out: float(out.split('step 0: train loss ')[1].split(',')[0])
-    kernel = run(repo, 'train.py', *small, fresh=True)
+    kernel = run(repo, 'train.py', *small)
     assert 'edited' not in kernel
     model_py = repo / 'model.py'
     whole = model_py.read_text(encoding='utf-8')
     model_py.write_text(whole.replace(*EDITS['half']).replace('std', 'std'), encoding='utf-8')
-    halved = run(repo, 'train.py', *small, '--n_embd=64', fresh=True)
+    halved = run(repo, 'train.py', *small, '--n_embd=64')
     assert 'edited in model.py, so without their kernels: attention, attention_with_cache' in halved
     row = "    'qwen3': dict("
     mine = "    'mine': dict(norm='layer', positions='rotary', mlp='gelu', qkv_bias=True, qk_norm=True),\n"
     model_py.write_text(whole.replace(row, mine + row), encoding='utf-8')
-    assert first(run(repo, 'train.py', *small, '--arch=mine', fresh=True)) != first(kernel)
+    assert first(run(repo, 'train.py', *small, '--arch=mine')) != first(kernel)
     model_py.write_text(whole, encoding='utf-8')
-    plain = run(repo, 'train.py', *small, '--kernels=plain', '--sample_tokens=5', fresh=True)
+    plain = run(repo, 'train.py', *small, '--kernels=plain', '--sample_tokens=5')
     (repo / 'kernels.py').unlink()
-    alone = run(repo, 'train.py', *small, '--kernels=plain', '--sample_tokens=5', fresh=True)
+    alone = run(repo, 'train.py', *small, '--kernels=plain', '--sample_tokens=5')
     assert first(plain) == first(alone) == pytest.approx(first(kernel), abs=1e-3)
-    run(repo, 'sample.py', '--out_dir=out-shakespeare-char', '--kernels=plain', '--max_new_tokens=5', fresh=True)
-    assert 'there is no kernels.py' in run(repo, 'train.py', *small, fresh=True)
+    run(repo, 'sample.py', '--out_dir=out-shakespeare-char', '--kernels=plain', '--max_new_tokens=5')
+    assert 'there is no kernels.py' in run(repo, 'train.py', *small)

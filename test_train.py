@@ -836,14 +836,14 @@ def test_bpe_of_a_file_in_pieces_equals_bpe_of_the_whole(repo):
 
 def test_a_text_in_a_models_tokens_has_the_ids_of_the_whole_also_in_pieces_and_beyond_16_bits(repo):
     text = ''.join(f'{i} {ROMEO}\n\n  \t<|end|>{i}' for i in range(10_000))  # 1.2 MB: two pieces
-    (repo / 'long.txt').write_text(text, encoding='utf-8')
     bpe_files(repo / 'bpe')
     bpe_files(repo / 'prefix', metaspace=True)  # begins a text with a space, as SentencePiece does
     wide = json.loads((repo / 'bpe/tokenizer.json').read_text(encoding='utf-8'))
     wide['model']['vocab'][wide['model']['merges'][0][0] + wide['model']['merges'][0][1]] = 70_000
     (repo / 'wide').mkdir()
     (repo / 'wide/tokenizer.json').write_text(json.dumps(wide), encoding='utf-8')
-    for name, dtype in ('bpe', '<u2'), ('prefix', '<u2'), ('wide', '<u4'):
+    for name, text, dtype in ('bpe', text, '<u2'), ('prefix', text, '<u2'), ('wide', text[:20_000], '<u4'):
+        (repo / 'long.txt').write_text(text, encoding='utf-8')
         run(repo, 'data/text/prepare.py', 'long.txt', f'--tokenizer={name}', f'--name=in-{name}')
         bpe = tokenizers.Tokenizer.from_file(str(repo / name / 'tokenizer.json'))
         bpe.encode_special_tokens = True  # what a text spells is text
