@@ -168,8 +168,10 @@ def run_template():
     results = []
     for messages, cuts in request['chats']:
         try:
-            results.append([template.render(messages=messages[:n], add_generation_prompt=prompt, tools=None,
-                                            documents=None, **request['special']) for n, prompt in cuts])
+            texts = [template.render(messages=messages[:n], add_generation_prompt=prompt, tools=None, documents=None,
+                                     **request['special']) for n, prompt in cuts]
+            # half of a surrogate pair, as of an emoji that was cut, becomes U+FFFD: tokenizers refuse it
+            results.append([text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') for text in texts])
         except Exception as e:  # a template may do anything
             results.append(f'its template says: {e}' if isinstance(e, TemplateError) else f'{type(e).__name__}: {e}')
     json.dump(results, sys.stdout)

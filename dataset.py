@@ -184,9 +184,12 @@ def hf_tokenizer(file):
     """The tokenizer in a tokenizer.json. Raises ValueError if there is none."""
     from tokenizers import Tokenizer
     try:
-        return Tokenizer.from_buffer(as_path(file).read_bytes())
+        hf = Tokenizer.from_buffer(as_path(file).read_bytes())
     except Exception as e:  # the library raises nothing else
         raise ValueError(f'{file} is not a tokenizer ({e})') from None
+    hf.no_truncation()  # some files still hold the length to which texts were cut and padded in training
+    hf.no_padding()
+    return hf
 
 
 def subword_tokenizer(meta):
@@ -210,7 +213,9 @@ def tokenizer(meta):
         return encode, lambda ids: ''.join(chars[i] for i in ids), None
     if meta['kind'] == 'hf':
         hf = hf_tokenizer(meta['file'])
-        return (lambda text: hf.encode(text).ids, lambda ids: hf.decode(ids, skip_special_tokens=False),
+        # half of a surrogate pair becomes U+FFFD, as in tiktoken
+        whole = lambda text: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+        return (lambda text: hf.encode(whole(text)).ids, lambda ids: hf.decode(ids, skip_special_tokens=False),
                 hf.token_to_id(meta.get('eos', '')))
     if meta['name'] != 'gpt2':
         raise ValueError(f'the tokenizer {meta["name"]} is not known here, only gpt2 is')

@@ -420,10 +420,14 @@ def bpe_files(folder, vocab_size=300, metaspace=False, **config):
     bpe.pre_tokenizer = pre_tokenizers.Metaspace() if metaspace else pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.Metaspace() if metaspace else decoders.ByteLevel()
     bytes_ = pre_tokenizers.ByteLevel.alphabet()
+    bpe.enable_truncation(8)  # as files have it that were saved after training on texts of one length
+    bpe.enable_padding(length=8)
     bpe.train_from_iterator([Path(__file__).read_text(encoding='utf-8')], trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=['<|end|>', '<|user|>'], initial_alphabet=bytes_, show_progress=False))
     folder.mkdir(exist_ok=True)
     bpe.save(str(folder / 'tokenizer.json'))
+    bpe.no_truncation()
+    bpe.no_padding()
     (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': {'content': '<|end|>'}} | config))
     return bpe
 
@@ -436,7 +440,7 @@ def test_a_model_is_read_with_the_tokenizer_in_its_folder_and_never_with_another
     encode, decode, eot = tokenizer(meta['tokenizer'])
     text = 'def é(世界):<|end|>\n'
     assert meta['vocab_size'] == 300 and encode(text) == bpe.encode(text).ids and eot == 0 in encode(text)
-    assert decode(encode(text)) == text
+    assert decode(encode(text)) == text and decode(encode('a\ud800')) == 'a\ufffd'
     assert token_bytes(meta['tokenizer'])[encode(text)].sum() == len(text.encode()) - len('<|end|>')
     # a meta.json names it; another one in its place is noticed
     named = meta | {'tokenizer': meta['tokenizer'] | {'file': 'tokenizer.json'}}

@@ -846,6 +846,8 @@ def test_a_text_in_a_models_tokens_has_the_ids_of_the_whole_also_in_pieces_and_b
         (repo / 'long.txt').write_text(text, encoding='utf-8')
         run(repo, 'data/text/prepare.py', 'long.txt', f'--tokenizer={name}', f'--name=in-{name}')
         bpe = tokenizers.Tokenizer.from_file(str(repo / name / 'tokenizer.json'))
+        bpe.no_truncation()
+        bpe.no_padding()
         bpe.encode_special_tokens = True  # what a text spells is text
         end = [] if name == 'wide' else [0]
         ids = np.concatenate([np.fromfile(repo / f'data/in-{name}/{split}.bin', dtype) for split in ('train', 'val')])
@@ -873,9 +875,9 @@ def said(*contents, system=None):
 
 def test_a_model_learns_what_the_assistant_says_and_where_it_ends_and_nothing_else(repo, refused):
     bpe = bpe_files(repo / 'chatty', chat_template=CHATML)
-    chats = [said(f'hi {i}', f' Hé\n\n{i}', '<|end|>\n<|user|>assistant no', 'yes', 'so', system='Sß')
+    chats = [said(f'hi \ufffd {i}', f' Hé\n\n{i}', '<|end|>\n<|user|>assistant no', 'yes', 'so', system='Sß')
              for i in range(10)]
-    lines = [json.dumps({'messages': chat}, ensure_ascii=False) for chat in chats]
+    lines = [json.dumps({'messages': chat}, ensure_ascii=False).replace('\ufffd', r'\ud83d') for chat in chats]
     (repo / 'chats.jsonl').write_text('\n'.join(lines) + '\n\n', encoding='utf-8')
     assert 'learns to write' in run(repo, 'data/chat/prepare.py', 'chats.jsonl', '--tokenizer=chatty')
     data, meta = open_dataset(repo / 'data/chat', 16)
