@@ -21,6 +21,8 @@ overwrite = False  # replace an export that is in hf_dir
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 # -----------------------------------------------------------------------------
 
+from dataclasses import replace
+
 import hf
 
 check(format=('hf', 'gguf'), dtype=('float32', 'bfloat16', 'float16', *(['q8_0'] if format == 'gguf' else [])))
@@ -45,12 +47,14 @@ with refuse(ValueError, OSError):
     find_devices('cpu')
     config, meta, read = open_run(out_dir, checkpoint)
     files = hf.export_files(config, meta, dtype)
-    vocab_size = files['config.json']['vocab_size']
+    theirs = files['config.json']
+    vocab_size = theirs['vocab_size']
     tensors = hf.file_tensors(read(), config, vocab_size, 'float32' if format == 'gguf' else dtype)
 with refuse(OSError, ValueError, code=1):
     if format == 'gguf':
         from to_gguf import write_gguf
-        size = write_gguf(hf_dir, config, meta, tensors, dtype)
+        positions = theirs.get('max_position_embeddings', config.block_size)  # the run may have seen fewer
+        size = write_gguf(hf_dir, replace(config, block_size=positions), meta, tensors, dtype)
     else:
         size = sum(x.nbytes for x in tensors.values())
         hf.write_directory(hf_dir, files, tensors)
