@@ -154,7 +154,7 @@ def _set(key, value, where):
     if type(value) is not want or want is float and not is_number:
         kind = 'an int' if want is int else f'a {want.__name__}'
         fail(f'{where}: {key} is {kind}, such as {config[key]!r}, not {value!r}')
-    if key in ('out_dir', 'init_from', 'hf_dir', 'dataset'):
+    if key in ('out_dir', 'init_from', 'hf_dir', 'dataset', 'data_dir'):
         value = os.path.expanduser(value)  # a shell leaves the ~ of --out_dir=~/run as it is
     if value != config[key]:
         replaced[key] = config[key]

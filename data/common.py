@@ -39,10 +39,15 @@ def report(kind, error, traceback):
 sys.excepthook = report
 
 
+def home_path(text):
+    """The path in a text; a shell leaves the ~ of --data_dir=~/data as it is."""
+    return Path(os.path.expanduser(text))
+
+
 def options(doc):
     """A parser of the command line that shows a script's docstring at --help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data_dir', type=Path, default=DATA, metavar='DIR',
+    parser.add_argument('--data_dir', type=home_path, default=DATA, metavar='DIR',
                         help='write to a folder in DIR, for train.py --data_dir=DIR, and not to one in data/')
     return parser
 
@@ -138,7 +143,8 @@ def find_tokenizer(name):
     model on the Hugging Face Hub. Ends the script if it has none."""
     if name == 'gpt2':
         return GPT2_META
-    folder = Path(name).parent if Path(name).is_file() else Path(name)
+    path = home_path(name)
+    folder = path.parent if path.is_file() else path
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
         try:
