@@ -285,6 +285,12 @@ def cut_chats(data, block_size):
     return int((np.diff(chat_starts(data.filename), append=len(data)) > block_size + 1).sum())
 
 
+def learns(data, block_size):
+    """Whether some sequence, which begins where a chat does, holds something to learn."""
+    learned, begins = np.flatnonzero(data[:10**8] >= 0), chat_starts(data.filename)
+    return bool((learned - begins[np.searchsorted(begins, learned) - 1] <= block_size).any())
+
+
 def open_dataset(folder, block_size):
     """({'train': tokens, 'val': tokens}, meta) of a dataset's folder, memory-mapped. Raises ValueError if files are
     missing, damaged or too short, or if tokens are outside the vocabulary."""
@@ -315,8 +321,11 @@ def open_dataset(folder, block_size):
             raise ValueError(f'{path} holds {size:,} bytes: it needs {dtype.itemsize} for each token, and more than '
                              f'block_size = {block_size} tokens')
         data[split] = np.memmap(path, dtype, 'r')
-        if dtype.kind == 'i' and (data[split][0] >= -FIRST or data[split].max() < 0):
-            raise ValueError(f'{path} is no file of chats, or has nothing to learn: prepare the dataset again')
+        if dtype.kind == 'i' and data[split][0] >= -FIRST:
+            raise ValueError(f'{path} is no file of chats: prepare the dataset again')
+        if dtype.kind == 'i' and not learns(data[split], block_size):
+            raise ValueError(f'block_size = {block_size}: no chat in {path} has something to learn that early, so '
+                             'take a larger one')
         # of the first 100 million; load_batch() checks every batch
         highest = int(token_ids(unmark(data[split][:10**8])).max())
         if highest >= meta['vocab_size']:

@@ -33,13 +33,13 @@ class Setup:
 
 def init_state(config, tx, seed, base_dtype='float32'):
     """What a checkpoint holds: parameters, optimizer state, counters of steps and of skipped updates, and the loss
-    scale, which only float16 needs. `base` holds the parameters that LoRA freezes, {} without LoRA."""
+    scale, which only float16 needs, in which any run may go on. `base` holds the parameters that LoRA freezes, {}
+    without LoRA."""
     params, base = lora.split(init_params(config, seed), config)
     base = lora.held_in(base, base_dtype)
     counters = 'step', 'skipped', 'skipped_in_a_row', 'scale_age'
     return {'params': params, 'base': base, 'opt_state': tx.init(params),
-            'loss_scale': jnp.float32(2**15 if config.dtype == 'float16' else 1),
-            **{name: jnp.zeros((), jnp.int32) for name in counters}}
+            'loss_scale': jnp.float32(2**15), **{name: jnp.zeros((), jnp.int32) for name in counters}}
 
 
 def all_params(state):

@@ -241,6 +241,8 @@ def test_eval_only_writes_nothing_and_ends_with_a_line_for_other_programs(repo):
     result = json.loads(out.splitlines()[-1])
     assert losses_in(out, 'val') == [pytest.approx(result['val_loss'], abs=1e-4)] and result['dataset'] == 'small'
     assert result['bits_per_byte'] == pytest.approx(result['val_loss'] / np.log(2)) and result['iter'] == 0
+    out, _ = start(repo, 'train.py', *TINY, '--out_dir=nowhere', '--eval_only', '--max_minutes=1e-9').communicate()
+    assert out.endswith('\nstopped by max_minutes\n')  # there is nothing to go on with
     assert files_in(repo) == before
 
 
@@ -881,7 +883,7 @@ def test_a_model_learns_what_the_assistant_says_and_where_it_ends_and_nothing_el
     lines = [json.dumps({'messages': chat}, ensure_ascii=False).replace('\ufffd', r'\ud83d') for chat in chats]
     (repo / 'chats.jsonl').write_text('\n'.join(lines) + '\n\n', encoding='utf-8')
     assert 'learns to write' in run(repo, 'data/chat/prepare.py', 'chats.jsonl', '--tokenizer=chatty')
-    data, meta = open_dataset(repo / 'data/chat', 16)
+    data, meta = open_dataset(repo / 'data/chat', 64)
     for split, some in ('train', chats[:9]), ('val', chats[9:]):
         starts = eval_starts(data[split], (len(some),), 16)  # one sequence for each chat
         for chat, start, end in zip(some, starts, [*starts[1:], len(data[split])], strict=True):
@@ -891,8 +893,9 @@ def test_a_model_learns_what_the_assistant_says_and_where_it_ends_and_nothing_el
             assert bpe.decode(tokens[tokens >= 0].tolist(), skip_special_tokens=False) == \
                 chat[2]['content'] + '<|end|>' + 'yes<|end|>'
     assert sequences(data['val'], np.array([0]), 2 * len(data['val']))[0, -1] == ~0 and cut_chats(data['val'], 16) == 1
-    # a run of them keeps the template
-    run(repo, 'train.py', *TINY, '--dataset=chat', '--out_dir=chatty-run', '--max_iters=1', '--sample_tokens=2')
+    # a run of them keeps the template, and must reach what there is to learn
+    assert 'no chat in' in refused('train.py', *TINY, '--dataset=chat', '--out_dir=chatty-run', '--block_size=3')
+    run(repo, 'train.py', *TINY, '--dataset=chat', '--out_dir=chatty-run', '--block_size=64', '--max_iters=1', '--sample_tokens=2')
     assert read_meta(repo / 'chatty-run/config.json')['chat_template'] == CHATML
     for content, message in (('{"text": "a"}', 'chats.jsonl:1 is no chat'), ('[', 'chats.jsonl:1 is no chat'),
                              ('{"messages": [{"role": "user", "content": 3}]}', 'chats.jsonl:1 is no chat'),
@@ -984,6 +987,9 @@ def test_what_nanogpt_wrote_is_answered_with_the_command_that_brings_it_over(tmp
     for open_it, source in (open_run, tmp_path), (open_model, tmp_path), (open_model, tmp_path / 'ckpt.pt'):
         with pytest.raises(ValueError, match=f'run python data/from_nanogpt.py {tmp_path}/ckpt.pt'):
             open_it(source)
+    (tmp_path / 'torch.py').write_text("load = lambda *args, **how: {'model': {}, 'model_args': {'vocab_size': 65}}")
+    error = run(HERE, 'data/from_nanogpt.py', tmp_path / 'ckpt.pt', code=1, PYTHONPATH=str(tmp_path))
+    assert 'add the meta.json of its dataset' in error  # else sample.py would miss a tokenizer
 
 
 def test_bytes_per_token_are_those_of_the_text_that_is_evaluated():
@@ -1609,6 +1615,8 @@ def test_float16_trains_like_other_types(repo, whole):
     run(repo, 'train.py', *TINY, '--dtype=float16', '--out_dir=half')
     a, b = ([float(row['loss']) for row in log_of(out_dir) if row['loss']] for out_dir in (repo / 'half', whole))
     assert 0 < np.abs(np.subtract(a, b)).max() < 0.02
+    rest = arrays_in(repo / 'half/checkpoints/13/rest'), arrays_in(whole / 'checkpoints/13/rest')
+    assert rest[0]['loss_scale'] == rest[1]['loss_scale'] == 2**15  # so that a run of another type can go on in float16
 
 
 # -----------------------------------------------------------------------------

@@ -388,13 +388,13 @@ with (refuse(RunError, MemoryError, code=1), lock, stop, memory_errors(), checkp
 log.summary(iter_num)
 if best_iter:
     log.say(f'best validation loss {best_val_loss:.4f} at step {best_iter}; python sample.py --out_dir={out_dir}')
+go_on = '' if eval_only else f'; go on with python train.py --init_from=resume --out_dir={out_dir}'
 if stop.why:
-    go_on = '' if eval_only else f'; then go on with python train.py --init_from=resume --out_dir={out_dir}'
     fail(f'{stop.why}{go_on}', code=1)
 if eval_only and losses:  # the last line is for other programs
     bits = losses['val'] / math.log(2) / log.bytes_per_token if log.bytes_per_token else None
     log.say(json.dumps(dict(iter=iter_num, dataset=dataset, train_loss=losses['train'], val_loss=losses['val'],
                             bits_per_byte=bits)))
 if stop.number:
-    log.say(f'stopped by {stop.name}; go on with python train.py --init_from=resume --out_dir={out_dir}')
+    log.say(f'stopped by {stop.name}{go_on}')
     sys.exit(128 + stop.number)

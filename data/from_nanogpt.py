@@ -37,6 +37,8 @@ try:
         if name != 'lm_head.weight' and not name.endswith('.attn.bias'):  # the tied output layer, the causal mask
             tensors[name] = x.float().contiguous().numpy()
     shape = saved['model_args']
+    if not args.meta and shape['vocab_size'] not in range(50257, 50321):  # GPT-2's, and what pads it
+        raise ValueError(f"its vocabulary of {shape['vocab_size']} is not GPT-2's: add the meta.json of its dataset")
     config = {'model_type': 'gpt2', 'n_positions': shape['block_size'], 'activation_function': 'gelu_new'}
     config |= {key: shape[key] for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')}
     meta = args.meta.read_bytes() if args.meta else None
