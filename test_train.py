@@ -895,7 +895,8 @@ def test_a_model_learns_what_the_assistant_says_and_where_it_ends_and_nothing_el
     assert sequences(data['val'], np.array([0]), 2 * len(data['val']))[0, -1] == ~0 and cut_chats(data['val'], 16) == 1
     # a run of them keeps the template, and must reach what there is to learn
     assert 'no chat in' in refused('train.py', *TINY, '--dataset=chat', '--out_dir=chatty-run', '--block_size=3')
-    run(repo, 'train.py', *TINY, '--dataset=chat', '--out_dir=chatty-run', '--block_size=64', '--max_iters=1', '--sample_tokens=2')
+    run(repo, 'train.py', *TINY, '--dataset=chat', '--out_dir=chatty-run', '--block_size=64', '--max_iters=1',
+        '--sample_tokens=2')
     assert read_meta(repo / 'chatty-run/config.json')['chat_template'] == CHATML
     for content, message in (('{"text": "a"}', 'chats.jsonl:1 is no chat'), ('[', 'chats.jsonl:1 is no chat'),
                              ('{"messages": [{"role": "user", "content": 3}]}', 'chats.jsonl:1 is no chat'),
@@ -1616,7 +1617,7 @@ def test_float16_trains_like_other_types(repo, whole):
     a, b = ([float(row['loss']) for row in log_of(out_dir) if row['loss']] for out_dir in (repo / 'half', whole))
     assert 0 < np.abs(np.subtract(a, b)).max() < 0.02
     rest = arrays_in(repo / 'half/checkpoints/13/rest'), arrays_in(whole / 'checkpoints/13/rest')
-    assert rest[0]['loss_scale'] == rest[1]['loss_scale'] == 2**15  # so that a run of another type can go on in float16
+    assert rest[0]['loss_scale'] == rest[1]['loss_scale'] == 2**15  # a run of another type can go on in it
 
 
 # -----------------------------------------------------------------------------
