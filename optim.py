@@ -144,6 +144,8 @@ def orthogonalize_stack(x, setup):
     if setup.mesh is None:
         return jax.vmap(turn)(x)
     divide = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(setup.mesh, P(*spec)))
+    if setup.mesh.shape['tensor'] == 1 and not setup.fsdp:  # each device has them all and takes its part; without this
+        x = divide(x)  # line XLA cuts each matrix, and sends the pieces around
     return divide(jax.vmap(turn)(divide(x, setup.mesh.axis_names)))
 
 

@@ -962,7 +962,7 @@ def test_micro_batches_hold_what_a_device_can_take():
 # -----------------------------------------------------------------------------
 # many devices: (data, tensor, fsdp)
 
-MESHES = [(1, 1, False), (8, 1, False), (4, 2, False), (2, 4, False), (1, 8, False), (8, 1, True), (4, 2, True)]
+MESHES = [(1, 1, False), (8, 1, False), (4, 2, False), (1, 8, False), (8, 1, True), (4, 2, True)]
 WIDE = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=8, n_embd=64)
 
 
@@ -1035,7 +1035,7 @@ def test_the_loss_is_the_same_on_every_mesh_and_every_mesh_goes_on_with_the_chec
     (dict(arch='mixed', n_kv_head=4, head_dim=16, tied=False), 'muon'), (dict(bias=True), 'adamw')], ids=str)
 def test_other_models_train_alike_on_meshes_too_and_in_bfloat16_and_go_on_on_any(changes, optimizer, tmp_path):
     config, one, checkpoints = dataclasses.replace(WIDE, **changes), None, Checkpoints(tmp_path)
-    for mesh in (MESHES[0], MESHES[4], MESHES[6]):
+    for mesh in (MESHES[0], MESHES[3], MESHES[5]):
         state, abstract, go_on = start_on(mesh, config, optimizer)
         state, curve = go_on(state, 0, 6)
         if one is None:

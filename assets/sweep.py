@@ -29,8 +29,8 @@ from step import Setup, eval_step, init_state, train_step
 
 GRID = dict(  # what a run is, and what it is if you don't say
     dataset='shakespeare_char', max_iters=250, batch_size=12, block_size=64, arch='qwen3', n_layer=4, n_head=4,
-    n_embd=128, optimizer='muon', learning_rate=6e-3, embd_lr_scale=1.0, warmup_iters=30, beta1=0.9, beta2=0.99,
-    weight_decay=0.1, seed=1337)
+    n_embd=128, tied=0, optimizer='muon', learning_rate=8e-3, embd_lr_scale=2.0, warmup_iters=30, beta1=0.85,
+    beta2=0.99, weight_decay=0.1, seed=1337)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'optimizer'), donate_argnames='state')
@@ -44,7 +44,7 @@ def val_loss_of(run):
     """Trains, with a straight line from the learning rate to 0. Returns the loss over all of the validation data."""
     data, meta = open_dataset(root / 'data' / run.dataset, run.block_size)
     config = GPTConfig(run.block_size, padded(meta['vocab_size']), run.n_layer, run.n_head, run.n_embd, run.arch,
-                       dtype=best_dtype(jax.devices(), ''))
+                       tied=bool(run.tied), dtype=best_dtype(jax.devices(), ''))
     config, _ = choose_kernels(config, jax.devices(), False, '')
     hyper = run.beta1, run.beta2, run.weight_decay, run.embd_lr_scale
     state = init_state(config, make_optimizer(*hyper[:3], 1.0, run.optimizer, hyper[3]), run.seed)
