@@ -4,10 +4,11 @@ Trains small models over a grid of settings, to find the learning rate that each
     python assets/sweep.py sweep.csv                                                  # the table and the picture alone
     python assets/sweep.py sweep.csv --n_embd=64,128 --learning_rate=3e-3,6e-3,12e-3 --seed=1337,1,2
 
-Every key of GRID takes one value or several; each combination is a run. Its loss over all of the validation data (at
+Every option takes one value or several; each combination is a run. Its loss over all of the validation data (at
 most 256 batches) becomes a line of the csv file. What is there already is not run again, so you can stop the script and
 start it again. In the end it prints the best rates and draws sweep.png.
 """
+import argparse
 import csv
 import functools
 import itertools
@@ -66,18 +67,26 @@ def read(path):
         return {tuple(type(GRID[key])(row[key]) for key in GRID): float(row['val_loss']) for row in csv.DictReader(f)}
 
 
-path, grid = Path(sys.argv[1]), {key: [value] for key, value in GRID.items()}
-for key, _, values in (arg[2:].partition('=') for arg in sys.argv[2:]):
-    grid[key] = [type(GRID[key])(value) for value in values.split(',')]
-done = read(path)
-for run in itertools.product(*grid.values()):
-    if len(sys.argv) > 2 and run not in done:
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument('csv', type=Path, help='where the losses are kept')
+for key, value in GRID.items():
+    several = functools.partial(lambda kind, text: [kind(part) for part in text.split(',')], type(value))
+    parser.add_argument(f'--{key}', type=several, metavar='A,B,...', help=f'default: {value}')
+args = parser.parse_args()
+grid = {key: getattr(args, key) for key in GRID}
+done = read(args.csv)
+if any(grid.values()):
+    for run in itertools.product(*(values or [GRID[key]] for key, values in grid.items())):
+        if run in done:
+            continue
         done[run] = val_loss_of(types.SimpleNamespace(**dict(zip(GRID, run))))
-        with open(path, 'a', newline='') as f:
+        with open(args.csv, 'a', newline='') as f:
             writer = csv.writer(f)
             if f.tell() == 0:
                 writer.writerow([*GRID, 'val_loss'])
             writer.writerow([*run, f'{done[run]:.4f}'])
+if not done:
+    parser.error(f'{args.csv} holds no runs yet: give some options, such as --learning_rate=3e-3,6e-3')
 
 # curves: the mean loss over seeds by learning rate, for all that else is the same
 rate, seed = list(GRID).index('learning_rate'), list(GRID).index('seed')
@@ -90,7 +99,7 @@ varied = [i for i, name in enumerate(names) if len({curve[i] for curve in losses
 axes = Figure(figsize=(7, 5), layout='constrained').subplots()
 for curve, by_rate in sorted(losses.items()):
     means = {lr: float(np.mean(by_rate[lr])) for lr in sorted(by_rate)}
-    label = ', '.join(f'{names[i]}={curve[i]}' for i in varied) or path.stem
+    label = ', '.join(f'{names[i]}={curve[i]}' for i in varied) or args.csv.stem
     best = min(means, key=means.get)
     print(f'{label}: {means[best]:.4f} at {best:g};', ', '.join(f'{lr:g}: {loss:.4f}' for lr, loss in means.items()))
     axes.semilogx(means.keys(), means.values(), marker='.', base=2, label=label)

@@ -15,3 +15,5 @@ dropout = 0.0
 
 max_iters = 2000
 lr_decay_iters = 2000
+warmup_iters = min(warmup_iters, 100)
+wandb_log = False

@@ -18,16 +18,19 @@ block_size = 256
 # the block of Qwen3 and Muon, as in config/modern.py
 arch = 'qwen3'
 optimizer = 'muon'
+tied = False
 n_layer = 4
 n_head = 4
 n_embd = 128
 dropout = 0.0  # so small a model hardly overfits in three epochs
 
 learning_rate = 8e-3
+embd_lr_scale = 2.0
 max_iters = 1400
 lr_decay_iters = 1400
 min_lr = 0.0
 lr_schedule = 'linear'
+beta1 = 0.85
 beta2 = 0.99
 warmup_iters = 50
 weight_decay = 0.3

@@ -17,15 +17,18 @@ block_size = 128
 # what config/modern.py has: the block of Qwen3 and Muon learn more from every token
 arch = 'qwen3'
 optimizer = 'muon'
+tied = False
 n_layer = 4
 n_head = 4
 n_embd = 128
 dropout = 0.0  # we draw fewer tokens than the dataset has, so we won't overfit
 
-learning_rate = 6e-3
+learning_rate = 8e-3
+embd_lr_scale = 2.0
 max_iters = 1700
 lr_decay_iters = 1700
 min_lr = 0.0
 lr_schedule = 'linear'
+beta1 = 0.85
 beta2 = 0.99
 warmup_iters = 30
