@@ -94,7 +94,11 @@ def linear(x, weight, bias=None, dtype='float32', *, one_cpu):
 
 
 def unembed(x, weight, dtype='float32', *, one_cpu):
-    y = multiply(x.reshape(-1, x.shape[-1]), weight, dtype, one_cpu, True)
+    rows = x.reshape(-1, x.shape[-1])
+    if one_cpu and len(rows) == 1:  # XLA's CPU code computes this on all cores, and x @ weight.T on one (0.9)
+        y = jnp.dot(weight.astype(dtype), rows[0].astype(dtype), preferred_element_type=x.dtype)
+    else:
+        y = multiply(rows, weight, dtype, one_cpu, True)
     return y.reshape(*x.shape[:-1], len(weight))
 
 

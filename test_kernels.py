@@ -53,6 +53,7 @@ CASES = {  # arguments of the functions of model.py
     'linear': [normal(2, 3, 4), normal(4, 3, 5), normal(3, 5)],
     'linear of one row': [normal(1, 1, 128), normal(128, 5), normal(5)],
     'unembed': [normal(2, 3, 4), normal(7, 4)],
+    'unembed of one row': [normal(1, 1, 4), normal(7, 4)],
     'layer_norm': [normal(2, 3, 8), normal(8), normal(8, seed=1), 0.1],
     'rms_norm': [normal(2, 3, 8), normal(8), 0.1],
     'gelu': [3 * normal(6, 4)],
@@ -67,7 +68,7 @@ CASES = {  # arguments of the functions of model.py
     'cross_entropy': [normal(2, 3, 40), np.array([[0, 3, 39], [1, 2, 0]])],
     'cross_entropy of some': [normal(2, 3, 40), np.array([[0, 3, 39], [1, 2, 0]]), np.eye(2, 3) > 0],
 }
-TAKE_DTYPE = 'linear', 'unembed', 'attention', 'attention of one block', 'attention of groups'
+TAKE_DTYPE = 'linear', 'unembed', 'unembed of one row', 'attention', 'attention of one block', 'attention of groups'
 PAIRS = [(platform, case) for platform in KERNELS for case in CASES
          if case.split(' of ')[0] in KERNELS[platform] and platform not in ('cudnn', 'splash')]
 
@@ -155,6 +156,12 @@ def test_one_cpu_multiplies_one_token_in_parts_of_64_rows():
                                             ('cpu', 2, (128, 3, 5), False), ('cpu', 1, (100, 7), False)):
         code = jax.make_jaxpr(KERNELS[platform]['linear'])(normal(rows, shape[0]), normal(*shape))
         assert ('[2,64]' in str(code)) == in_parts
+
+
+def test_one_cpu_computes_the_logits_of_one_token_as_the_embedding_times_a_vector():
+    for platform, rows, a_vector in ('cpu', 1, True), ('cpus', 1, False), ('cpu', 2, False):
+        code = jax.make_jaxpr(KERNELS[platform]['unembed'])(normal(rows, 4), normal(7, 4))
+        assert (':f32[7] = dot_general' in str(code)) == a_vector
 
 
 # -----------------------------------------------------------------------------
