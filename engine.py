@@ -95,10 +95,13 @@ def stream(model, idx, max_new_tokens, *, temperature=1.0, top_k=None, top_p=1.0
     A prompt longer than block_size is cut to its end. When the context is full, its last half becomes the new prompt.
     Stops early when every row has met the token `eot`. Only the first n_vocab tokens are used. Where the rows are a
     part of many, `first` is the number of the first one, and their text does not depend on how many are here. With
-    kernels='plain', or where somebody has edited it, model.generate() writes the text alone, much slower."""
+    kernels='plain', or where somebody has edited it, model.generate() writes the text alone, much slower. Raises
+    ValueError where a prompt is empty."""
     config, B = model.config, idx.shape[0]
     done = jnp.zeros(B, bool)
     idx = jnp.asarray(idx, jnp.int32)[:, -config.block_size:]
+    if not idx.size:
+        raise ValueError('the prompt is empty: give at least one token to go on from')
     plain = config.kernels == 'plain'
     if not plain:
         from kernels import edited_generate  # here, because a plain model needs no kernels.py

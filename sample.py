@@ -120,6 +120,7 @@ if config.kernels != 'plain':
 rows = min(rows, num_samples)
 live = rows == num_samples == 1 and sys.stdout.isatty()
 idx = np.array([prompt[-config.block_size:]] * rows)
+text_of = lambda ids: decode(prompt + (ids[:ids.index(eot)] if eot in ids else ids))
 total = max_new_tokens * -(-num_samples // rows)
 with tqdm(total=total, unit='tok', leave=False, disable=True if live else None) as bar:
     for first in range(0, num_samples, rows):
@@ -130,13 +131,10 @@ with tqdm(total=total, unit='tok', leave=False, disable=True if live else None) 
                            chunk=8 if live else 50):
             parts.append(np.asarray(part))
             bar.update(part.shape[1])
-            text = decode(prompt + np.concatenate(parts, axis=1)[0].tolist()) if live else ''
+            text = text_of(np.concatenate(parts, axis=1)[0].tolist()) if live else ''
             if live and not text.endswith('\ufffd'):  # half a character: the other half is in the next part
                 print(for_terminal(text[len(shown):]), end='', flush=True)
                 shown = text
-        for ids in np.concatenate(parts, axis=1):
-            ids = ids.tolist()
-            if eot in ids:
-                ids = ids[:ids.index(eot)]
-            tqdm.write(for_terminal(decode(prompt + ids)[len(shown):]))
+        for ids in np.concatenate(parts, axis=1).tolist():
+            tqdm.write(for_terminal(text_of(ids)[len(shown):]))
             tqdm.write('---------------')

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -506,8 +507,12 @@ def test_a_gguf_file_holds_the_weights_the_tokenizer_and_the_template(tmp_path):
     turn = lambda factor: np.arcsin(model.rotary_angles(1, 1, 8, config.rope_theta, factor, 8192)[1][0, 4:])
     close(tensors['rope_freqs.weight'], turn(1.0) / turn(8.0), 1e-4)
     bpe_files(tmp_path / 'bpe', metaspace=True)
-    with pytest.raises(ValueError, match='convert_hf_to_gguf.py'):
-        write_gguf(path, config, hf_meta(tmp_path / 'bpe'), hf.file_tensors(weights, config, 304, 'float32'), 'float32')
+    (tmp_path / 'unigram').mkdir()
+    unigram = tokenizers.models.Unigram([('<unk>', 0.0), ('a', -1.0)], 0, True)  # whose pieces come without merges
+    tokenizers.Tokenizer(unigram).save(str(tmp_path / 'unigram/tokenizer.json'))
+    for name in 'bpe', 'unigram':
+        with pytest.raises(ValueError, match='convert_hf_to_gguf.py'):
+            write_gguf(path, config, hf_meta(tmp_path / name), hf.file_tensors(weights, config, 304, 'float32'), 'q8_0')
 
 
 @pytest.mark.parametrize('file, content, message', [
@@ -1190,6 +1195,8 @@ def test_text_stops_at_the_end_of_text():
         assert (row[:end] == unstopped[:end][:len(row)]).all() and (row[end:] == eot).all()
         ends.append(end)
     eot = int(greedy_without_cache(writer(), idx[:1], 1)[0, -1])
+    with pytest.raises(ValueError, match='the prompt is empty'):
+        generate(writer(), [[]], 12, key=KEY)
     one = list(stream(writer(), idx[:1], 12, key=jax.random.key(5), temperature=0, eot=eot))
     assert sum(part.shape[1] for part in one) == 1  # nothing is made after every row has ended
 

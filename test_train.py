@@ -35,13 +35,13 @@ import chat
 import hf
 from checkpoints import Checkpoints, RunError, check_arrays, damaged_file, find_step, read_progress, reread, write
 from conftest import run, start
-from dataset import (bytes_per_token, cut_chats, eval_starts, gpt2_encoding, hf_meta, open_dataset, read_meta,
-                     sequences, token_bytes, token_ids, tokenizer)
+from dataset import (GPT2_META, bytes_per_token, cut_chats, eval_starts, gpt2_encoding, hf_meta, open_dataset,
+                     read_meta, sequences, token_bytes, token_ids, tokenizer)
 from processes import StopSignal
 from log import Log
 from model import GPTConfig, init_params
 from rundir import check_out_dir, clear_run, commit, load_model, lock_out_dir, open_model, open_run, resume_config
-from test_model import bpe_files, numpy_gpt, numpy_rotary
+from test_model import bpe_files, gguf_of, numpy_gpt, numpy_rotary
 
 HERE = Path(__file__).resolve().parent
 TINY = ['--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4',
@@ -1360,10 +1360,23 @@ def test_a_model_of_hugging_faces_goes_back_as_it_came(repo, tmp_path):
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.suffix == '.json'}
              for name in ('qwen', 'back')]
     configs = [json.loads(each.pop('config.json')) for each in files]
+    run(repo, 'export.py', '--out_dir=qwen-lora', f"--hf_dir={tmp_path / 'back'}", '--format=gguf')
+    assert gguf_of(tmp_path / 'back.gguf')[0]['qwen2.context_length'] == 64
     assert files[0] == files[1] and configs[0] == configs[1] and configs[0]['max_position_embeddings'] == 64
     back, run_of_it = load_model(tmp_path / 'back'), load_model(repo / 'qwen-lora', 'latest')
     np.testing.assert_allclose(params_of(back)['lm_head']['weight'], base['lm_head']['weight'])
     np.testing.assert_allclose(back(np.arange(16)[None]), run_of_it(np.arange(16)[None]), atol=0.02)
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_a_sample_ends_before_the_end_of_text(monkeypatch, capsys, terminal):
+    monkeypatch.setattr('engine.stream', lambda *args, **how: iter([np.array([[15496]]), np.array([[995, 50256]])]))
+    monkeypatch.setattr('rundir.open_model', lambda *args: (GPTConfig(16, 64, 1, 1, 2), GPT2_META, lambda T: None))
+    monkeypatch.setattr('model.build', lambda *args: None)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal)
+    monkeypatch.setattr(sys, 'argv', ['sample.py', '--init_from=x', '--start=A', '--num_samples=1', '--device=cpu'])
+    exec((HERE / 'sample.py').read_text(encoding='utf-8'), {'__file__': str(HERE / 'sample.py'), '__name__': 'sample'})
+    assert capsys.readouterr().out == 'AHello world\n---------------\n'
 
 
 def test_an_export_replaces_an_export_and_nothing_else(repo, base, refused):

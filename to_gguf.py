@@ -55,8 +55,12 @@ def add_tokenizer(writer, meta, n):
             types[id] = {True: kind.CONTROL, False: kind.USER_DEFINED}.get(special.get(id), kind.NORMAL)
         bos = tokenizer.encode('').ids[:1] == [id_of.get(meta['tokenizer'].get('bos'))]
         described = json.loads(tokenizer.to_str())
-        merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in described['model']['merges']]
-        if described['model'].get('byte_fallback'):
+        bpe, cuts = described['model'], words(described['pre_tokenizer'] or {})
+        if bpe['type'] != 'BPE' or not bpe['byte_fallback'] and cuts not in NAMES:
+            raise ValueError('this tokenizer cuts text in a way that is not known by name here: export a Hugging Face '
+                             "directory and run llama.cpp's convert_hf_to_gguf.py on it")
+        merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in bpe['merges']]
+        if bpe['byte_fallback']:
             scores = [0.0] * n
             for i, merge in enumerate(merges):
                 scores[id_of[merge.replace(' ', '', 1)]] = -float(i)
@@ -66,10 +70,6 @@ def add_tokenizer(writer, meta, n):
             writer.add_token_scores(scores)
             writer.add_add_space_prefix('Prepend' in str(described['normalizer']))
         else:
-            cuts = words(described['pre_tokenizer'] or {})
-            if cuts not in NAMES:
-                raise ValueError('this tokenizer cuts text in a way that is not known by name here: export a Hugging '
-                                 "Face directory and run llama.cpp's convert_hf_to_gguf.py on it")
             writer.add_tokenizer_model('gpt2')
             writer.add_tokenizer_pre(NAMES[cuts])
             writer.add_token_merges(merges)
