@@ -1029,6 +1029,21 @@ def test_curves_are_drawn_of_what_there_is_and_the_settings_that_differ_are_name
     assert message in (err or out) and Path('curves.png').exists() == (not err)
 
 
+@pytest.mark.parametrize('args, message', [
+    ([], 'required: csv'), (['new.csv', '--n_embed=64'], 'unrecognized arguments: --n_embed=64'),
+    (['new.csv', '--n_embd=64,a'], "argument --n_embd: invalid int value: '64,a'"),
+    (['new.csv', '--dataset=none'], "dataset = 'none' is not prepared"),
+    (['other.csv'], 'other.csv is not the table of a sweep'),
+])
+def test_a_mistake_in_a_sweep_is_named_and_nothing_written(tmp_path, monkeypatch, capsys, args, message):
+    (tmp_path / 'other.csv').write_text('a,b\n1,2\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['sweep.py', *args])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(HERE / 'assets/sweep.py'), run_name='__main__')
+    assert message in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ['other.csv']
+
+
 def test_a_bad_text_is_refused_and_leaves_nothing(repo):
     (repo / 'latin1.txt').write_bytes('Grüße'.encode('latin-1') * 100)
     (repo / 'short.txt').write_text('abc')

@@ -54,7 +54,7 @@ def val_loss_of(run):
         lr = get_lr(it, run.learning_rate, run.warmup_iters, run.max_iters, 0.0, 'linear')
         starts = train_starts(data['train'], (1, run.batch_size), run.block_size, run.seed, it)
         state, _ = step(state, batch('train', starts), lr, hyper, config, run.optimizer)
-    n = min(len(data['val']) // (run.batch_size * run.block_size), 256)
+    n = min(max(len(data['val']) // (run.batch_size * run.block_size), 1), 256)
     starts = eval_starts(data['val'], (n, run.batch_size), run.block_size)
     return float(eval_step(state['params'], batch('val', starts), config))
 
@@ -70,16 +70,23 @@ def read(path):
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('csv', type=Path, help='where the losses are kept')
 for key, value in GRID.items():
-    several = functools.partial(lambda kind, text: [kind(part) for part in text.split(',')], type(value))
+    several = lambda text, kind=type(value): [kind(part) for part in text.split(',')]
+    several.__name__ = type(value).__name__  # for messages
     parser.add_argument(f'--{key}', type=several, metavar='A,B,...', help=f'default: {value}')
 args = parser.parse_args()
 grid = {key: getattr(args, key) for key in GRID}
-done = read(args.csv)
+try:
+    done = read(args.csv)
+except (KeyError, TypeError, ValueError):
+    parser.error(f'{args.csv} is not the table of a sweep')
 if any(grid.values()):
     for run in itertools.product(*(values or [GRID[key]] for key, values in grid.items())):
         if run in done:
             continue
-        done[run] = val_loss_of(types.SimpleNamespace(**dict(zip(GRID, run))))
+        try:
+            done[run] = val_loss_of(types.SimpleNamespace(**dict(zip(GRID, run))))
+        except ValueError as e:
+            parser.error(e)
         with open(args.csv, 'a', newline='') as f:
             writer = csv.writer(f)
             if f.tell() == 0:
