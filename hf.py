@@ -88,8 +88,9 @@ def read_config(folder):
         value, kind = theirs[name], TYPES.get(key, int)
         if value is None and name in LEFT_OUT[arch]:
             value = 0
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            what = 'true or false' if kind is bool else 'a number'
+        fits = type(value) is kind or kind is float and type(value) is int
+        if not fits or not abs(value) < 2**40:  # JSON in Python may hold a NaN
+            what = 'true or false' if kind is bool else 'a number below 2^40'
             raise ValueError(f'{path}: {name} = {value!r} is not {what}')
         fields[key] = kind(value)
     ours = {'quantization_config': [None]}
@@ -110,7 +111,7 @@ def read_config(folder):
 def weight_files(folder):
     """The names of a folder's safetensors. Raises ValueError if one of them is missing."""
     files = ['model.safetensors']
-    if (index := folder / 'model.safetensors.index.json').exists():
+    if (index := folder / 'model.safetensors.index.json').is_file():
         where = read_json(index).get('weight_map')
         if not isinstance(where, dict) or not all(isinstance(x, str) and Path(x).name == x for x in where.values()):
             raise ValueError(f'{index}: its weight_map does not map names of tensors to names of files in this folder')
@@ -184,6 +185,8 @@ def check_tensors(tensors, wanted, fields, source):
         if tensors[name].get_shape() != shape:
             raise ValueError(f'{source}: the tensor {name} is {tensors[name].get_shape()}, and with its config.json '
                              f'should be {shape}')
+        if (dtype := tensors[name].get_dtype()) not in ('F64', 'F32', 'BF16', 'F16'):
+            raise ValueError(f'{source}: the tensor {name} holds {dtype}: save the model unquantized')
     [embedding] = in_file(('wte', 'weight'), (0, 0), fields['arch'])
     for name in sorted(tensors.keys() - wanted.keys()):
         if name == 'lm_head.weight' and not np.array_equal(tensors[name][:], tensors[embedding][:]):
@@ -322,7 +325,7 @@ def export_files(config, meta, dtype):
     """The small files of an export, by name, for a GPTConfig and the meta that open_model() gives: bytes, or what a
     JSON file says. Raises ValueError where transformers has no such model or tokenizer."""
     folder, tokenizer = as_path(meta['folder']), meta['tokenizer']
-    kept = {name: (folder / name).read_bytes() for name in SMALL_FILES if (folder / name).exists()}
+    kept = {name: (folder / name).read_bytes() for name in SMALL_FILES if (folder / name).is_file()}
     theirs = read_json(folder / 'config.json') if 'config.json' in kept else {}
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': config.block_size,
                 # else transformers 4 adds token types, i.e. rows of wte, to the text

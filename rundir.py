@@ -272,7 +272,7 @@ def save_config(out_dir, config, model_args, meta):
 def keep_small_files(out_dir, folder):
     """Copies what a model's folder has beside its weights and tokenizer.json to out_dir/hf."""
     for name in hf.SMALL_FILES:
-        if (as_path(folder) / name).exists():
+        if (as_path(folder) / name).is_file():
             (as_path(out_dir) / 'hf').mkdir(exist_ok=True)
             write(os.path.join(out_dir, 'hf', name), (as_path(folder) / name).read_bytes())
 
@@ -284,9 +284,9 @@ def keep_small_files(out_dir, folder):
 def read_tokenizer(folder, config):
     """The vocab_size and the tokenizer of a model's folder: its meta.json's, its tokenizer.json's, or GPT-2's, if the
     model can be a GPT-2. Raises ValueError where it has another one, which we do not read."""
-    if (folder / 'meta.json').exists():
+    if (folder / 'meta.json').is_file():
         return read_meta(folder / 'meta.json')
-    if (folder / 'tokenizer.json').exists():
+    if (folder / 'tokenizer.json').is_file():
         return hf_meta(folder)
     names = 'vocab.json', 'tokenizer.model', '*.tiktoken', 'vocab.txt'
     others = [file for name in names for file in folder.glob(name)]

@@ -377,6 +377,9 @@ def test_a_context_can_be_cropped_and_only_that_of_rotary_positions_stretched(tm
     (dict(vocab_size=38), r'wte.weight is \[37, 32\]'), (dict(n_positions=8), r'wpe.weight is \[16, 32\]'),
     (dict(activation_function='relu'), "activation_function = 'relu'"),
     (dict(layer_norm_epsilon='tiny'), "layer_norm_epsilon = 'tiny' is not a number"),
+    (dict(layer_norm_epsilon=math.nan), 'layer_norm_epsilon = nan is not a number'),
+    (dict(n_positions=2**70), 'n_positions = .* is not a number below'),
+    (dict(extra={'transformer.wte.weight': np.ones((37, 32), np.int8)}), 'wte.weight holds I8'),
     (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx = True'),
     (dict(n_inner=64), r'h.0.mlp.c_fc.* is .*128.*64'), (dict(model_type='mamba'), "model_type = 'mamba'"),
     (dict(n_head=None), "lacks 'n_head'"), (dict(n_head=5), 'n_head = 5'),
@@ -405,8 +408,10 @@ def test_a_pickle_is_refused_and_a_damaged_file_named(tmp_path):
 def test_a_vocabulary_that_nobody_describes_is_refused(tmp_path):
     gpt2_files(tmp_path, TINY)
     (tmp_path / 'meta.json').unlink()
+    os.mkfifo(tmp_path / 'meta.json')  # nobody ever writes into this pipe
     with pytest.raises(ValueError, match='has no tokenizer.json'):
         open_model(tmp_path)
+    (tmp_path / 'meta.json').unlink()
     (tmp_path / 'meta.json').write_text(json.dumps(char_meta(38)))
     with pytest.raises(ValueError, match='vocabulary of 37, .*meta.json'):
         open_model(tmp_path)
