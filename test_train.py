@@ -26,6 +26,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
 import tokenizers
@@ -1369,6 +1370,8 @@ def test_a_model_of_hugging_faces_goes_back_as_it_came(repo, tmp_path):
     assert base['wte']['weight'].dtype == 'bfloat16' and same(arrays_in(repo / 'qwen-lora/base/params'), base)
     run(repo, 'export.py', '--out_dir=qwen-lora', f"--hf_dir={tmp_path / 'back'}", '--checkpoint=latest',
         '--dtype=bfloat16')
+    run(repo, 'export.py', '--out_dir=qwen-lora', f"--hf_dir={tmp_path / 'back'}", '--format=gguf')
+    assert gguf.GGUFReader(tmp_path / 'back.gguf').get_field('qwen2.context_length').contents() == 64
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.suffix == '.json'}
              for name in ('qwen', 'back')]
     configs = [json.loads(each.pop('config.json')) for each in files]
