@@ -213,7 +213,8 @@ def test_an_edited_attention_trains_samples_from_the_cache_and_runs_on_a_mesh(na
 
     plain, before = gradient(edited, 'plain'), gradient(model, 'plain')
     assert abs(plain[0] - before[0]) > 1e-4
-    for platform in ('cpu', 'gpu', 'tpu', 'cudnn'):
+    everywhere = name == 'window'  # one edit is enough to see that all platforms and meshes take it
+    for platform in ('cpu', 'gpu', 'tpu', 'cudnn') if everywhere else ['cpu']:
         for x, y in zip(*(jax.tree.leaves(g) for g in (gradient(edited, platform), plain))):
             np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4)
 
@@ -226,6 +227,9 @@ def test_an_edited_attention_trains_samples_from_the_cache_and_runs_on_a_mesh(na
     assert (text == slow.generate(batch[0, :, :3], 12, temperature=0)).all()
     assert (text != build(CONFIG, params).generate(batch[0, :, :3], 12, temperature=0)).any()
 
+    jax.clear_caches()
+    if not everywhere:
+        return
     # a step on a mesh
     monkeypatch.setattr('step.build', edited.build)
     config = edited.GPTConfig(**dataclasses.asdict(CONFIG) | {'kernels': 'cpus'})
