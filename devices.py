@@ -2,6 +2,7 @@
 What there is to compute with: devices, the mesh, which kernels pay there, memory, and compiling for it.
 """
 import contextlib
+import ctypes
 import math
 import os
 import platform
@@ -167,7 +168,11 @@ def side_by_side(*functions):
     """Calls functions that compile and returns their results. On a CPU two run at a time. GPUs and
     TPUs do one after the other, because their compilers choose code by its speed on the device."""
     with ThreadPoolExecutor(2 if jax.default_backend() == 'cpu' else 1) as threads:
-        return list(threads.map(lambda function: function(), functions))
+        results = list(threads.map(lambda function: function(), functions))
+    if sys.platform == 'linux':  # the compiler leaves up to a gigabyte that the C library would keep
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+    return results
 
 
 def memory_use(program):
