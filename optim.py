@@ -144,9 +144,12 @@ def orthogonalize_stack(x, setup):
     if setup.mesh is None:
         return jax.vmap(turn)(x)
     divide = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(setup.mesh, P(*spec)))
-    if setup.mesh.shape['tensor'] == 1 and not setup.fsdp:  # each device has them all and takes its part; without this
-        x = divide(x)  # line XLA cuts each matrix, and sends the pieces around
-    return divide(jax.vmap(turn)(divide(x, setup.mesh.axis_names)))
+    axes = setup.mesh.axis_names
+    if setup.fsdp or setup.mesh.shape['tensor'] > 1:  # each device sends the others their parts of its matrices
+        x = jax.vmap(turn)(divide(x, axes))
+        return divide(x, None, axes) if x.shape[1] >= x.shape[2] else divide(x, None, None, axes)
+    # each device has them all, and takes its part; without the inner line XLA cuts matrices, and sends the pieces around
+    return divide(jax.vmap(turn)(divide(divide(x), axes)))
 
 
 OPTIMIZERS = {'adamw': optax.scale_by_adam, 'muon': muon_and_adamw}
