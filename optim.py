@@ -144,12 +144,13 @@ def orthogonalize_stack(x, setup):
     if setup.mesh is None:
         return jax.vmap(turn)(x)
     divide = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(setup.mesh, P(*spec)))
-    axes = setup.mesh.axis_names
-    if setup.fsdp or setup.mesh.shape['tensor'] > 1:  # each device sends the others their parts of its matrices
-        x = jax.vmap(turn)(divide(x, axes))
-        return divide(x, None, axes) if x.shape[1] >= x.shape[2] else divide(x, None, None, axes)
-    # each device has them all, and takes its part; without the inner line XLA cuts matrices, and sends the pieces around
-    return divide(jax.vmap(turn)(divide(divide(x), axes)))
+    axes, whole = setup.mesh.axis_names, not setup.fsdp and setup.mesh.shape['tensor'] == 1
+    if whole:  # each device has all matrices, and takes some; without this line XLA cuts them and sends the pieces
+        x = divide(x)
+    x = jax.vmap(turn)(divide(x, axes))
+    # back they go in parts, as fsdp divides parameters: along the longer side. So no device sends what only fills up
+    x = divide(x, None, axes) if x.shape[1] >= x.shape[2] else divide(x, None, None, axes)
+    return divide(x) if whole else x
 
 
 OPTIMIZERS = {'adamw': optax.scale_by_adam, 'muon': muon_and_adamw}
