@@ -41,7 +41,7 @@ from model import GPT, GPTConfig, abstract_params, build, dropout, params_of, sa
 from optim import get_lr
 from rundir import load_model, open_model
 from step import (Setup, abstract_state, batch_sharding, compile_eval, compile_step, estimate_mfu, eval_step,
-                  learned_share, loss_and_grads, num_params, on_mesh, shardings, state_creator, train_step)
+                  learned_share, loss_and_grads, lower_step, num_params, on_mesh, shardings, state_creator, train_step)
 from to_gguf import write_gguf
 
 # a compiled function is quicker than hundreds of operations one by one
@@ -1063,6 +1063,16 @@ def test_other_models_train_alike_on_meshes_too_and_in_bfloat16_and_go_on_on_any
     state, half = go_on(state, 0, 10)
     assert 0 < np.abs(np.subtract(one, half)).max() < 2e-2
     assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
+
+
+def test_muon_with_fsdp_gathers_no_more_than_adamw():
+    gathered, config = [], dataclasses.replace(WIDE, n_layer=2, arch='qwen3', kernels='cpus')
+    for optimizer in 'adamw', 'muon':
+        setup = Setup(config, make_optimizer(0.9, 0.99, 0.1, 1.0, optimizer), mesh_of(8, 1), fsdp=True)
+        text = lower_step(setup, abstract_state(setup), (1, 8)).compile().as_text()
+        shapes = re.findall(r'\w\[([\d,]+)\]', ' '.join(re.findall(r'= (.*) all-gather\(', text)))
+        gathered.append(sum(math.prod(map(int, shape.split(','))) for shape in shapes))
+    assert 0 < gathered[1] < 1.02 * gathered[0]  # norms of columns, but no matrices
 
 
 def test_lora_is_the_same_on_every_mesh_and_with_its_base_in_bfloat16_as_it_came(tmp_path):
