@@ -139,18 +139,19 @@ def muon(beta1, beta2):
 
 def orthogonalize_stack(x, setup):
     """orthogonalize() for a stack of matrices (N, m, n). On a mesh, each device does its part of the stack and sends
-    the result to the others."""
+    the others what they need of the result."""
     turn = functools.partial(orthogonalize, dtype=setup.config.dtype, on_cpu=setup.config.kernels == 'cpus')
     if setup.mesh is None:
         return jax.vmap(turn)(x)
     divide = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(setup.mesh, P(*spec)))
-    axes, whole = setup.mesh.axis_names, not setup.fsdp and setup.mesh.shape['tensor'] == 1
-    if whole:  # each device has all matrices, and takes some; without this line XLA cuts them and sends the pieces
+    axes, replicated = setup.mesh.axis_names, not setup.fsdp and setup.mesh.shape['tensor'] == 1
+    if replicated:  # each device has all matrices, and takes some; without this line XLA sends pieces of them around
         x = divide(x)
     x = jax.vmap(turn)(divide(x, axes))
-    # back they go in parts, as fsdp divides parameters: along the longer side. So no device sends what only fills up
+    # first back to how fsdp divides parameters, along the longer side: with fsdp, no device needs more than its part,
+    # and a stack that its devices do not divide evenly is not gathered together with its padding
     x = divide(x, None, axes) if x.shape[1] >= x.shape[2] else divide(x, None, None, axes)
-    return divide(x) if whole else x
+    return divide(x) if replicated else x
 
 
 OPTIMIZERS = {'adamw': optax.scale_by_adam, 'muon': muon_and_adamw}

@@ -33,7 +33,7 @@ class Setup:
 
 def init_state(config, tx, seed, base_dtype='float32'):
     """What a checkpoint holds: parameters, optimizer state, counters of steps and of skipped updates, and the loss
-    scale, which only float16 needs, in which any run may go on. `base` holds the parameters that LoRA freezes, {}
+    scale, which only float16 uses, but any run may go on in float16. `base` holds the parameters that LoRA freezes, {}
     without LoRA."""
     params, base = lora.split(init_params(config, seed), config)
     base = lora.held_in(base, base_dtype)
