@@ -24,19 +24,20 @@ def render(meta, chats):
     and a list of pairs (n, add_generation_prompt), each of which asks for the text of the first n messages, and whether
     it ends with the words that begin an answer. The result of a chat is a list of these texts, or a str that says why
     there is none. Raises ValueError if the template is no template, or takes too long."""
+    from dataset import valid_text
     missing = '<|endoftext|>' if meta['tokenizer']['kind'] == 'tiktoken' else ''
     special = {f'{name}_token': meta['tokenizer'].get(name, missing) for name in ('bos', 'eos')}
     request = {'template': meta.get('chat_template', PLAIN), 'special': special, 'chats': chats}
     try:
         process = subprocess.run([sys.executable, __file__], input=json.dumps(request).encode(), capture_output=True,
                                  timeout=SECONDS + len(chats) / 10)
-        texts = json.loads(process.stdout)
+        results = json.loads(process.stdout)
     except subprocess.TimeoutExpired:
         raise ValueError('the chat template takes too long: it may be in an endless loop') from None
     except ValueError:
         why = process.stderr.decode(errors='replace').strip().splitlines() or ['it was killed']
         raise ValueError(f'the chat template fails: {why[-1]}') from None
-    return texts
+    return [texts if isinstance(texts, str) else [valid_text(text) for text in texts] for texts in results]
 
 
 def learned(meta, chats):
@@ -168,10 +169,8 @@ def run_template():
     results = []
     for messages, cuts in request['chats']:
         try:
-            texts = [template.render(messages=messages[:n], add_generation_prompt=prompt, tools=None, documents=None,
-                                     **request['special']) for n, prompt in cuts]
-            # half of a surrogate pair, as of an emoji that was cut, becomes U+FFFD: tokenizers refuse it
-            results.append([text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') for text in texts])
+            results.append([template.render(messages=messages[:n], add_generation_prompt=prompt, tools=None,
+                                            documents=None, **request['special']) for n, prompt in cuts])
         except Exception as e:  # a template may do anything
             results.append(f'its template says: {e}' if isinstance(e, TemplateError) else f'{type(e).__name__}: {e}')
     json.dump(results, sys.stdout)

@@ -192,6 +192,12 @@ def hf_tokenizer(file):
     return hf
 
 
+def valid_text(text):
+    """The text with U+FFFD for half of a surrogate pair, as of an emoji that was cut: Hugging Face's tokenizers refuse
+    those, and tiktoken does the same."""
+    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+
 def subword_tokenizer(meta):
     """The tokenizer in a meta.json, whose tokens are no characters, as a Hugging Face one."""
     return hf_tokenizer(meta['file']) if 'file' in meta else gpt2_tokenizer()
@@ -213,9 +219,7 @@ def tokenizer(meta):
         return encode, lambda ids: ''.join(chars[i] for i in ids), None
     if meta['kind'] == 'hf':
         hf = hf_tokenizer(meta['file'])
-        # half of a surrogate pair becomes U+FFFD, as in tiktoken
-        whole = lambda text: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-        return (lambda text: hf.encode(whole(text)).ids, lambda ids: hf.decode(ids, skip_special_tokens=False),
+        return (lambda text: hf.encode(valid_text(text)).ids, lambda ids: hf.decode(ids, skip_special_tokens=False),
                 hf.token_to_id(meta.get('eos', '')))
     if meta['name'] != 'gpt2':
         raise ValueError(f'the tokenizer {meta["name"]} is not known here, only gpt2 is')
