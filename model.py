@@ -464,11 +464,6 @@ def init_params(config, seed):
     return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(seed)), nnx.Param))
 
 
-def abstract_params(config):
-    """The shapes of the parameters, without computing any."""
-    return jax.eval_shape(lambda: init_params(config, 0))
-
-
 @functools.cache
 def graphdef(config):
     """The model without its parameters."""

@@ -144,14 +144,10 @@ def orthogonalize_stack(x, setup):
     if setup.mesh is None:
         return jax.vmap(turn)(x)
     divide = lambda x, *spec: jax.lax.with_sharding_constraint(x, NamedSharding(setup.mesh, P(*spec)))
-    axes, replicated = setup.mesh.axis_names, not setup.fsdp and setup.mesh.shape['tensor'] == 1
-    if replicated:  # each device has all matrices, and takes some; without this line XLA sends pieces of them around
-        x = divide(x)
+    axes = setup.mesh.axis_names
     x = jax.vmap(turn)(divide(x, axes))
-    # first back to how fsdp divides parameters, along the longer side: with fsdp, no device needs more than its part,
-    # and a stack that its devices do not divide evenly is not gathered together with its padding
-    x = divide(x, None, axes) if x.shape[1] >= x.shape[2] else divide(x, None, None, axes)
-    return divide(x) if replicated else x
+    # back to how step.py divides the optimizer's state, along the longer side
+    return divide(x, None, axes) if x.shape[1] >= x.shape[2] else divide(x, None, None, axes)
 
 
 OPTIMIZERS = {'adamw': optax.scale_by_adam, 'muon': muon_and_adamw}

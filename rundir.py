@@ -37,7 +37,7 @@ import lora
 from checkpoints import check_arrays, damaged_file, find_step, load_base, reread, saved_steps, write
 from dataset import GPT2_META, as_path, dataset_name, gpt2_vocabulary, hf_meta, in_cloud, read_json, read_meta, remove
 from devices import choose_kernels
-from model import GPTConfig, abstract_params, build
+from model import GPTConfig, build, init_params
 from step import on_one_device
 
 
@@ -295,6 +295,11 @@ def read_tokenizer(folder, config):
         return GPT2_META
     raise ValueError(f'{folder} has no tokenizer.json; where transformers is, make one: python -c "from transformers '
                      f'import *; AutoTokenizer.from_pretrained(\'{folder}\').save_pretrained(\'{folder}\')"')
+
+
+def abstract_params(config):
+    """The shapes of a model's parameters, without computing any."""
+    return jax.eval_shape(partial(init_params, config, 0))
 
 
 def open_model(source, checkpoint='best'):

@@ -23,7 +23,7 @@ class Setup:
     config: GPTConfig
     tx: optax.GradientTransformation
     mesh: jax.sharding.Mesh | None = None  # None: one device
-    fsdp: bool = False  # parameters and optimizer state are split over the data axis, too
+    fsdp: bool = False  # parameters are split over the data axis, too, as the optimizer's state always is
     base_dtype: str = 'float32'  # what the matrices that LoRA freezes are held in
 
 
@@ -80,8 +80,8 @@ TENSOR_SPLIT = {'wte': 0, 'lm_head': 0, 'attn.c_attn': -1, 'attn.c_q': -1, 'attn
 
 
 def shardings(state, mesh, fsdp=False):
-    """The sharding of every array in a state, which may be abstract: Adam's moments like their parameters. fsdp splits
-    the largest dimension that is left over the data axis, too."""
+    """The sharding of every array in a state, which may be abstract: Adam's moments like their parameters. The data
+    axis splits the largest dimension that is left, of the optimizer's state always and of parameters with fsdp."""
     n_data, n_tensor = mesh.shape['data'], mesh.shape['tensor']
 
     def sharding(path, x):
@@ -92,7 +92,7 @@ def shardings(state, mesh, fsdp=False):
             if n_tensor > 1 and x.shape[dim] % n_tensor == 0:
                 spec[dim] = 'tensor'
         free = [d for d in range(x.ndim) if spec[d] is None and x.shape[d] % n_data == 0]
-        if fsdp and n_data > 1 and free:
+        if (fsdp or names[0] == 'opt_state') and n_data > 1 and free:
             spec[max(free, key=lambda d: x.shape[d])] = 'data'
         return NamedSharding(mesh, P(*spec))
 
@@ -174,36 +174,45 @@ def all_gather(x, dim, dtype):
     return jax.lax.all_gather(x.astype(dtype), 'data', axis=dim, tiled=True).astype(x.dtype)
 
 
-def all_gather_backward(dim, dtype, _, dy):
-    """A reduce-scatter: it sums over the axis and splits again, in the type of the gradient."""
-    return jax.lax.psum_scatter(dy, 'data', scatter_dimension=dim, tiled=True),
+def sum_scatter(x, dim):
+    """A reduce-scatter: the sum over the data axis, which splits its dimension `dim`."""
+    return jax.lax.psum_scatter(x, 'data', scatter_dimension=dim, tiled=True)
 
 
-all_gather.defvjp(lambda x, dim, dtype: (all_gather(x, dim, dtype), None), all_gather_backward)
+# the gradient is summed in its own type
+all_gather.defvjp(lambda x, dim, dtype: (all_gather(x, dim, dtype), None),
+                  lambda dim, dtype, _, dy: (sum_scatter(dy, dim),))
+
+
+def on_tensor_axis(f, spec):
+    """f of one array, in a shard_map over the data axis, where `spec` says how the tensor axis splits the array: f sees
+    a device's own part. Without it, GSPMD would bring the parts together first."""
+    return jax.shard_map(f, in_specs=spec, out_specs=spec, axis_names={'tensor'}, check_vma=False)
 
 
 def gather_params(params, data_specs, tensor_specs, dtype):
     """Whole parameters from those that fsdp has split over the data axis. Matrices are sent in `dtype`, to which a
-    matmul rounds them anyway. The nested shard_map keeps the split over the tensor axis."""
+    matmul rounds them anyway."""
     def gather(x, data_spec, tensor_spec):
         if 'data' not in data_spec:
             return x
         sent = dtype if x.ndim > 1 and x.dtype == jnp.float32 else x.dtype
         whole = lambda x: all_gather(x, data_spec.index('data'), sent)
-        return jax.shard_map(whole, in_specs=tensor_spec, out_specs=tensor_spec, axis_names={'tensor'},
-                             check_vma=False)(x)
+        return on_tensor_axis(whole, tensor_spec)(x)
 
     return jax.tree.map(gather, params, data_specs, tensor_specs)
 
 
 def sharded_grads(loss_fn, params, base, tokens, key, setup):
     """accumulate() where the data axis has several groups of devices. Each group sums up the gradients of its own
-    sequences, and only the result is summed over the groups: one all-reduce in an iteration, where GSPMD alone makes
-    one in every micro-step. The tensor axis stays with GSPMD."""
+    sequences, and only the result is summed over the groups, once in an iteration, where GSPMD alone does it in every
+    micro-step. Each group gets its part of the sum, as its optimizer has a part of the state (ZeRO,
+    https://arxiv.org/abs/1910.02054). The tensor axis stays with GSPMD."""
     where = shardings((params, base), setup.mesh, setup.fsdp)
     only = lambda axis: lambda s: P(*(a if a == axis else None for a in s.spec))
     data_specs = jax.tree.map(only('data'), where)
     tensor_specs = jax.tree.map(only('tensor'), where)
+    grad_specs = jax.tree.map(only('data'), shardings(params, setup.mesh, fsdp=True))
 
     def gathered_loss(params, base, tokens, key):
         if setup.fsdp:
@@ -212,14 +221,21 @@ def sharded_grads(loss_fn, params, base, tokens, key, setup):
             params, base = gather_params((params, base), data_specs, tensor_specs, setup.config.dtype)
         return loss_fn(params, base, tokens, key)
 
+    def add_up(grad, param_spec, grad_spec, tensor_spec):
+        if 'data' in param_spec:
+            return grad  # it was added up on the way back through all_gather()
+        if 'data' not in grad_spec:
+            return jax.lax.psum(grad, 'data')
+        return on_tensor_axis(lambda x: sum_scatter(x, grad_spec.index('data')), tensor_spec)(grad)
+
     def group_grads(params, base, tokens, key):
         key = jax.random.fold_in(key, jax.lax.axis_index('data'))
         loss, grads = accumulate(gathered_loss, params, base, tokens, key)
-        add_up = lambda grad, spec: grad if 'data' in spec else jax.lax.psum(grad, 'data')
-        return jax.lax.psum(loss, 'data'), jax.tree.map(add_up, grads, data_specs[0])
+        grads = jax.tree.map(add_up, grads, data_specs[0], grad_specs, tensor_specs[0])
+        return jax.lax.psum(loss, 'data'), grads
 
     over_groups = jax.shard_map(group_grads, mesh=setup.mesh, in_specs=(*data_specs, P(None, 'data'), P()),
-                                out_specs=(P(), data_specs[0]), axis_names={'data'}, check_vma=False)
+                                out_specs=(P(), grad_specs), axis_names={'data'}, check_vma=False)
     return over_groups(params, base, tokens, key)
 
 

@@ -136,11 +136,12 @@ def compiled(devices, mesh, fsdp=False, kernels='', **more):
 def test_the_gradients_are_reduced_once_an_iteration():
     plain, fsdp, both = (compiled(jax.devices()[:8], *case, kernels='plain') for case in (
         [(8, 1)], [(8, 1), True], [(4, 2)]))
-    assert {tuple(c) for *c, _ in plain['sent']} == {('all-reduce', 1, 8)}
-    assert sum(c[-1] for c in plain['sent']) == pytest.approx(2 * 7 / 8 * plain['gradients'], rel=1e-4)
+    assert {tuple(c) for *c, _ in plain['sent']} == {('reduce-scatter', 1, 8), ('all-gather', 1, 8)}
+    assert sum(c[-1] for c in plain['sent']) == pytest.approx(2 * 7 / 8 * plain['gradients'], rel=1e-3)
     assert {tuple(c) for *c, _ in fsdp['sent']} == {('all-gather', 2, 8), ('reduce-scatter', 2, 8)}
-    assert {kind for kind, *_ in both['sent']} == {'all-reduce'}  # the tensor axis gathers nothing
-    assert len([group for *_, group, _ in both['sent'] if group == 4]) == 1
+    on_data_axis = {tuple(c) for *c, _ in both['sent'] if c[-1] == 4}
+    assert on_data_axis == {('reduce-scatter', 1, 4), ('all-gather', 1, 4)}
+    assert {kind for kind, _, group, _ in both['sent'] if group == 2} == {'all-reduce'}  # the tensor axis gathers none
 
 
 def run_for_chips(topology, *args):
@@ -166,7 +167,8 @@ for case in {cases}:
         assert (result['cycles'] > 0, result['attention'] >= 4) == (not on_gpu, on_gpu)  # there and back, twice
         assert any(line.startswith('model.py:') for line in result['lines'])
     plain, both = results[:2]
-    assert {tuple(c) for *c, _ in plain['sent']} == {('all-reduce', 1, 4)}
+    large = {tuple(c) for *c, size in plain['sent'] if size > 1e4}  # TPUs sum the norms' gradients in another way
+    assert large == {('reduce-scatter', 1, 4), ('all-gather', 1, 4)}
     assert sum(c[-1] for c in plain['sent']) == pytest.approx(2 * 3 / 4 * plain['gradients'], rel=0.01)
     assert {kind for kind, *_ in both['sent']} > {'all-gather'}
 

@@ -37,9 +37,9 @@ from dataset import (GPT2_META, eval_starts, hf_meta, hf_tokenizer, load_batch, 
                      train_starts, vocabulary)
 from devices import make_mesh, side_by_side
 from engine import generate, rows_that_fit, stream
-from model import GPT, GPTConfig, abstract_params, build, dropout, params_of, sample_token
+from model import GPT, GPTConfig, build, dropout, params_of, sample_token
 from optim import get_lr
-from rundir import load_model, open_model
+from rundir import abstract_params, load_model, open_model
 from step import (Setup, abstract_state, batch_sharding, compile_eval, compile_step, estimate_mfu, eval_step,
                   learned_share, loss_and_grads, lower_step, num_params, on_mesh, shardings, state_creator, train_step)
 from to_gguf import write_gguf
@@ -1008,7 +1008,7 @@ def assert_each_device_holds_its_part(state, mesh):
         for device in jax.devices('cpu')[:data * tensor]:
             shards = [s for x in jax.tree.leaves(state[part]) for s in x.addressable_shards]
             held = sum(s.data.nbytes for s in shards if s.device == device)
-            share = whole / tensor / (data if fsdp else 1)
+            share = whole / tensor / (data if fsdp or part == 'opt_state' else 1)
             # norms, wpe and some biases are on all of the tensor axis
             assert share <= held <= 1.001 * share + 0.06 * share * (tensor - 1)
     block = state['params']['h'][0]
@@ -1093,10 +1093,10 @@ def test_lora_is_the_same_on_every_mesh_and_with_its_base_in_bfloat16_as_it_came
         base = jax.tree.map(np.asarray, state['base'])
         step = train_step.lower(state, batch, 1e-2, KEY, setup=Setup(config, tx, mesh, fsdp)).compile()
         if (data, tensor, fsdp) == (8, 1, False):
-            reduced = re.findall(r'= (.*) all-reduce\(', step.as_text())
+            reduced = re.findall(r'= (.*) reduce-scatter\(', step.as_text())
             shapes = [dims for text in reduced for dims in re.findall(r'f32\[([\d,]+)\]', text)]
             sizes = [math.prod(map(int, dims.split(','))) for dims in shapes]
-            assert adapters <= sum(sizes) < 1.1 * adapters, (adapters, sizes)  # the base takes no part
+            assert adapters <= 8 * sum(sizes) < 1.1 * adapters, (adapters, sizes)  # the base takes no part
         for _ in range(3):
             state, metrics = step(state, batch, 1e-2, KEY)
         close(base, state['base'], 0)
