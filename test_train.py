@@ -1676,7 +1676,7 @@ def test_every_recipe_loads(recipe):
 def test_the_modern_recipe_suits_the_width_the_batch_and_the_length_of_the_recipe_before_it():
     laptop = load_config('train.py', 'config/train_shakespeare_char.py', 'config/laptop.py', 'config/modern.py')
     gpt2 = load_config('train.py', 'config/train_gpt2.py', 'config/modern.py')
-    assert laptop['learning_rate'] / gpt2['learning_rate'] == pytest.approx((768 / 128)**0.5)
+    assert laptop['learning_rate'] / gpt2['learning_rate'] == pytest.approx((768 / 128)**0.75)
     assert [(config['beta1'], config['tied']) for config in (laptop, gpt2)] == [(0.85, False), (0.95, True)]
     for config in laptop, gpt2:
         assert config['learning_rate'] * config['weight_decay'] * config['max_iters'] == pytest.approx(1.6)

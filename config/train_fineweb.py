@@ -25,7 +25,7 @@ n_layer = 12
 n_head = 6
 n_embd = 768
 
-learning_rate = 8e-3 * (128 / n_embd)**0.5
+learning_rate = 8e-3 * (128 / n_embd)**0.75
 embd_lr_scale = 2.0
 max_iters = 5100  # 2.7 billion tokens
 lr_decay_iters = 5100
