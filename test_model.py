@@ -1065,10 +1065,11 @@ def test_other_models_train_alike_on_meshes_too_and_in_bfloat16_and_go_on_on_any
     assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
 
 
-def test_muon_with_fsdp_gathers_no_more_than_adamw():
+@pytest.mark.parametrize('fsdp', [False, True])
+def test_muon_gathers_no_more_than_adamw(fsdp):
     gathered, config = [], dataclasses.replace(WIDE, n_layer=2, arch='qwen3', kernels='cpus')
     for optimizer in 'adamw', 'muon':
-        setup = Setup(config, make_optimizer(0.9, 0.99, 0.1, 1.0, optimizer), mesh_of(8, 1), fsdp=True)
+        setup = Setup(config, make_optimizer(0.9, 0.99, 0.1, 1.0, optimizer), mesh_of(8, 1), fsdp)
         text = lower_step(setup, abstract_state(setup), (1, 8)).compile().as_text()
         shapes = re.findall(r'\w\[([\d,]+)\]', ' '.join(re.findall(r'= (.*) all-gather\(', text)))
         gathered.append(sum(math.prod(map(int, shape.split(','))) for shape in shapes))
