@@ -185,8 +185,8 @@ all_gather.defvjp(lambda x, dim, dtype: (all_gather(x, dim, dtype), None),
 
 
 def on_tensor_axis(f, spec):
-    """f of one array, in a shard_map over the data axis, where `spec` says how the tensor axis splits the array: f sees
-    a device's own part. Without it, GSPMD would bring the parts together first."""
+    """A function of one array that `spec` splits over the tensor axis. It calls f with a device's own part, where GSPMD
+    would bring the parts together first. For use inside a shard_map over the data axis."""
     return jax.shard_map(f, in_specs=spec, out_specs=spec, axis_names={'tensor'}, check_vma=False)
 
 
